@@ -1,0 +1,96 @@
+"""The suites: every distinct layer of the three heads, the heads' last-layer stacks, and the whole network."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import DTYPES, Case
+from benchmarks.models.yolov3 import HEADS, last_layer_stack, noise_image, stack_input, yolov3
+
+IMAGE_SIZE = 416
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a case is run: images at a time, a name from `DTYPES`, device, and the seed of weights and input."""
+
+    batch: int
+    dtype: str
+    device: torch.device
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PendingCase:
+    """A case not built yet, so that only one model is in memory at a time."""
+
+    title: str
+    build: Callable[[], Case]
+
+
+def layer_cases(heads: Sequence[int], variant: Variant) -> Iterator[PendingCase]:
+    """Each unit of the heads' stacks, once for each shape, and the last 1x1 convolution, on the input it gets there."""
+    for head in heads:
+        for index in _distinct_layers(head):
+            yield PendingCase(f"layers: {head}x{head}, layer {index}", partial(_layer_case, head, index, variant))
+
+
+def stack_cases(heads: Sequence[int], variant: Variant) -> Iterator[PendingCase]:
+    """The seven last layers of each head."""
+    for head in heads:
+        yield PendingCase(f"stack: {head}x{head}", partial(_stack_case, head, variant))
+
+
+def network_cases(heads: Sequence[int], variant: Variant) -> Iterator[PendingCase]:
+    """YOLOv3 with 80 classes on 416x416 images; `heads` does not matter."""
+    yield PendingCase("network: YOLOv3", partial(_network_case, variant))
+
+
+SUITES: dict[str, Callable[[Sequence[int], Variant], Iterator[PendingCase]]] = {
+    "layers": layer_cases,
+    "stack": stack_cases,
+    "network": network_cases,
+}
+
+
+def make_case(suite: str, name: str, model: nn.Module, x: Tensor, variant: Variant) -> Case:
+    """A case of `model` and `x` in the variant's dtype and on its device; may change `model`."""
+    dtype = DTYPES[variant.dtype]
+    return Case(suite, name, model.to(variant.device, dtype), x.to(variant.device, dtype))
+
+
+def _distinct_layers(head: int) -> tuple[int, ...]:
+    """Indices in the stack: the third unit differs from the first only where the stack takes another width."""
+    return (0, 1, 6) if HEADS[head].c_in == HEADS[head].f1 else (0, 1, 2, 6)
+
+
+@torch.no_grad()
+def _layer_case(head: int, index: int, variant: Variant) -> Case:
+    stack = last_layer_stack(head, seed=variant.seed)
+    x = stack[:index](stack_input(head, variant.batch, variant.seed + 1))
+    layer = stack[index]
+    if isinstance(layer, nn.Conv2d):
+        return make_case("layers", _layer_name(head, layer), nn.Sequential(OrderedDict(conv=layer)), x, variant)
+    return make_case("layers", _layer_name(head, layer.get_submodule("conv")), layer, x, variant)
+
+
+def _layer_name(head: int, conv: nn.Module) -> str:
+    assert isinstance(conv, nn.Conv2d)
+    size = "x".join(map(str, conv.kernel_size))
+    return f"{head}x{head} {size} {conv.in_channels}->{conv.out_channels}"
+
+
+def _stack_case(head: int, variant: Variant) -> Case:
+    x = stack_input(head, variant.batch, variant.seed + 1)
+    return make_case("stack", f"{head}x{head}", last_layer_stack(head, seed=variant.seed), x, variant)
+
+
+def _network_case(variant: Variant) -> Case:
+    x = noise_image(IMAGE_SIZE, variant.batch, variant.seed + 1)
+    return make_case("network", f"YOLOv3 {IMAGE_SIZE}x{IMAGE_SIZE}", yolov3(seed=variant.seed), x, variant)

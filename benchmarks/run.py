@@ -1,0 +1,160 @@
+"""Command line of the benchmarks: `python benchmarks/run.py --suite stack --head 13 --batch 1,8 --dtype fp32,bf16`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+# Run as a script, Python looks for packages in this folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+
+from benchmarks.cases import SUITES, Variant
+from benchmarks.harness import DTYPES, CaseResult, Contender, Limits, device_name, report, result_path, write_json
+from benchmarks.models.yolov3 import HEADS
+from benchmarks.peers import BASELINES, PEERS
+from benchmarks.runner import Job, run_jobs
+from benchmarks.tables import case_table
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
+DEFAULT_LIMITS = Limits()
+QUICK_LIMITS = Limits(rounds=3, seconds=2.0, min_rounds=1, warmup=0)
+
+EXIT_OK, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks that `argv` asks for; every finished case is saved at once.
+
+    Returns:
+        0; or 1 if some contender's answer was wrong; or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 2 for an argument that is not accepted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Without it cuDNN guesses an algorithm from the shape, and the eager baselines would be slower than they need be.
+    torch.backends.cudnn.benchmark = options.device.type == "cuda"
+    settings = {
+        "argv": arguments,
+        "seed": options.seed,
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+        "batch": options.batch,
+        "limits": asdict(options.limits),
+    }
+    path = result_path(options.output, options.device)
+    console = Console()
+    done: list[CaseResult] = []
+
+    def keep(result: CaseResult) -> None:
+        done.append(result)
+        console.print(case_table(result, BASELINES))
+        write_json(path, report(done, options.device, settings, complete=False))
+
+    console.print(f"{device_name(options.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    complete = run_jobs(_jobs(options), BASELINES, options.device, console, keep)
+    write_json(path, report(done, options.device, settings, complete))
+    console.print(f"{'saved' if complete else 'interrupted; what was measured is in'} {path}", soft_wrap=True)
+    if not complete:
+        return EXIT_INTERRUPTED
+    wrong = any(result.status == "wrong" for case in done for result in case.results)
+    return EXIT_WRONG if wrong else EXIT_OK
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        Job(pending, options.contenders, options.limits)
+        for suite, dtype, batch in itertools.product(options.suite, options.dtype, options.batch)
+        for pending in SUITES[suite](options.head, Variant(batch, dtype, options.device, options.seed))
+    ]
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py",
+        description="Time pointfuse and its peers on YOLOv3's layers, interleaved and checked against float64.",
+    )
+    suites, dtypes = partial(_names, accepted=SUITES), partial(_names, accepted=DTYPES)
+    add = parser.add_argument
+    add("--suite", type=suites, default=("stack",), help=f"of {', '.join(SUITES)} (default stack)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
+    add("--batch", type=_batches, default=(1,), help="batch sizes, as in 1,8 (default 1)")
+    add("--dtype", type=dtypes, default=("fp32",), help=f"of {', '.join(DTYPES)} (default fp32)")
+    add("--head", type=_heads, default=tuple(HEADS), help=f"of {', '.join(map(str, HEADS))} (default all)")
+    add("--contenders", type=_contenders, default=tuple(PEERS.values()), help=f"of {', '.join(PEERS)} (default all)")
+    add("--rounds", type=_positive_int, help=f"at most so many rounds a case (default {DEFAULT_LIMITS.rounds})")
+    add("--seconds", type=_positive_seconds, help=f"of timing a case (default {DEFAULT_LIMITS.seconds:g})")
+    add("--quick", action="store_true", help="a few rounds, to see that all works")
+    add("--threads", type=_positive_int, help="CPU threads (default: as torch chooses)")
+    add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
+    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default %(default)s")
+    options = parser.parse_args(argv)
+
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        parser.error("argument --device: no CUDA device here; accepted: auto, cpu")
+    options.device = torch.device("cuda" if options.device != "cpu" and available else "cpu")
+    limits = QUICK_LIMITS if options.quick else DEFAULT_LIMITS
+    given = {key: value for key in ("rounds", "seconds") if (value := getattr(options, key)) is not None}
+    options.limits = replace(limits, **given)
+    return options
+
+
+def _names(text: str, accepted: Iterable[str]) -> tuple[str, ...]:
+    """The items of a comma-separated argument, in order and once each."""
+    items = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    for item in items:
+        if item not in accepted:
+            raise argparse.ArgumentTypeError(f"{item!r} is not among the accepted: {', '.join(accepted)}")
+    return items
+
+
+def _heads(text: str) -> tuple[int, ...]:
+    return tuple(map(int, _names(text, [str(head) for head in HEADS])))
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive_int, text.split(",")))
+
+
+def _contenders(text: str) -> tuple[Contender, ...]:
+    """Whole names, or parts of names that stand for all that contain them."""
+    chosen: set[str] = set()
+    for item in (item.strip() for item in text.split(",")):
+        found = {item} if item in PEERS else {name for name in PEERS if item and item.lower() in name.lower()}
+        if not found:
+            raise argparse.ArgumentTypeError(f"{item!r} is in none of the names: {', '.join(PEERS)}")
+        chosen |= found
+    return tuple(contender for name, contender in PEERS.items() if name in chosen)
+
+
+def _positive_int(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""pointfuse: convolution, batch norm and activation as one unit, with PyTorch's own answers."""
+
+from pointfuse import ops as _ops  # registers torch.ops.pointfuse
+from pointfuse._version import __version__
+from pointfuse.backends import BackendStatus, backends, use_backend
+from pointfuse.functional import conv_bn_act
+from pointfuse.modules import ConvBNAct2d
+
+__all__ = [
+    "BackendStatus",
+    "ConvBNAct2d",
+    "__version__",
+    "backends",
+    "conv_bn_act",
+    "use_backend",
+]
