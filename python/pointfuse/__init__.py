@@ -3,14 +3,21 @@
 from pointfuse import ops as _ops  # registers torch.ops.pointfuse
 from pointfuse._version import __version__
 from pointfuse.backends import BackendStatus, backends, use_backend
+from pointfuse.convert import Plan, VerificationError, convert, freeze, plan, revert
 from pointfuse.functional import conv_bn_act
 from pointfuse.modules import ConvBNAct2d
 
 __all__ = [
     "BackendStatus",
     "ConvBNAct2d",
+    "Plan",
+    "VerificationError",
     "__version__",
     "backends",
     "conv_bn_act",
+    "convert",
+    "freeze",
+    "plan",
+    "revert",
     "use_backend",
 ]

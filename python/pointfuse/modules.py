@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pointfuse.backends import select
-from pointfuse.backends import aten
+from pointfuse.backends import aten, select
 from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry, check_activation, check_residual_order
 
 _ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {

@@ -35,7 +35,8 @@ class Geometry(NamedTuple):
         """Height and width of the output, for a well-formed geometry, from ``[batch, c, h, w]`` and ``[.., kh, kw]``."""
         assert not isinstance(self.padding, str)
         h, w = (
-            (input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i - 2] - 1) - 1) // self.stride[i] + 1
+            (input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i - 2] - 1) - 1) // self.stride[i]
+            + 1
             for i in (0, 1)
         )
         return h, w

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from pointfuse.problem import ACTIVATIONS
 
 
-
 class Gradients(NamedTuple):
     """Gradients of the unit's inputs; ``None`` where the input was absent."""
 

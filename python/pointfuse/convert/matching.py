@@ -41,16 +41,15 @@ _IN_PLACE_ACTIVATIONS = (F.leaky_relu_, F.relu_, torch.relu_, "relu_")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
 # What a branch may look at to be a guard: metadata of the host's inputs and arithmetic on it.
-_METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "is_contiguous", "stride")
-_METADATA_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+_METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
+_METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
 
 
 @dataclass(frozen=True)
 class Site:
     """One place in a host's forward where a unit is called. Names are relative to the host.
 
-    ``act`` is the module's name, or ``None`` with the activation functional or absent; ``replaces`` counts the
-    modules or calls that the unit stands for.
+    ``act`` is the module's name, or ``None`` with the activation functional or absent.
     """
 
     conv: str
@@ -58,20 +57,19 @@ class Site:
     act: str | None
     activation: Activation
     residual_order: str | None
-    replaces: int
 
 
 @dataclass(frozen=True)
 class Trace:
     """A host's forward with its units fused, for one training mode.
 
-    ``parameters`` are the tensors it takes; ``guards`` maps them to the branch decisions, which must come out as
-    ``expected`` for the trace to hold.
+    ``parameters`` are the arguments it takes with their types; ``guards`` maps them to the branch decisions, which must
+    come out as ``expected`` for the trace to hold.
     """
 
     forward: Callable[..., Any]
     code: str
-    parameters: tuple[str, ...]
+    parameters: dict[str, type]
     guards: Callable[..., Any] | None
     expected: tuple[bool, ...]
     sites: tuple[Site, ...]
@@ -82,12 +80,14 @@ class Untraceable(Exception):
     """Why a host's data flow could not be proven."""
 
 
+def original_forward(module: nn.Module) -> Any:
+    """The forward of the module's own class, also where conversion put another in its place."""
+    return getattr(type(module), "_pointfuse_forward", type(module).forward)
+
+
 def is_sequential(module: nn.Module) -> bool:
     """Whether the order of the children is the module's whole forward."""
-    forward = type(module).forward
-    return isinstance(module, nn.Sequential) and "forward" not in module.__dict__ and (
-        forward is nn.Sequential.forward or getattr(type(module), "_pointfuse_kind", None) == "sequential"
-    )  # fmt: skip
+    return original_forward(module) is nn.Sequential.forward and "forward" not in module.__dict__
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
@@ -157,7 +157,7 @@ def run_sequence(modules: Sequence[nn.Module], x: Any) -> Any:
 
 def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """The units of a sequential host and, for its other convolutions, the reason."""
-    names, modules = list(host._modules), [m for m in host._modules.values() if m is not None]
+    names, modules = list(host._modules), list(host._modules.values())
     sites, refusals, i = [], {}, 0
     while i < len(modules):
         run = run_at(modules, i)
@@ -169,7 +169,7 @@ def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
         bn = names[i + 1] if run.bn is not None else None
         act = names[i + run.length - 1] if run.act is not None else None
         if not isinstance(run.conv, FrozenUnit):
-            sites.append(Site(names[i], bn, act, activation_of(run.act) or IDENTITY, None, run.length))
+            sites.append(Site(names[i], bn, act, activation_of(run.act) or IDENTITY, None))
         i += run.length
     return sites, refusals
 
@@ -182,43 +182,50 @@ def _what_follows(following: Sequence[nn.Module]) -> str:
     return f"{type(following[0]).__name__} follows, which is neither batch norm nor a known activation"
 
 
-def trace_host(host: nn.Module, training: bool, example: tuple[Any, ...] | None = None) -> Trace:
+def trace_host(host: nn.Module, training: bool, example: dict[str, Any] | None = None) -> Trace:
     """A host's forward in one training mode, with its units fused. Raises :class:`Untraceable` with the reason."""
     if "forward" in host.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    modes = {m: m.training for m in host.modules()}
+    modes = [(m, m.training) for m in host.modules()]
     try:
-        for m in modes:
-            object.__setattr__(m, "training", training) if not isinstance(m, FrozenUnit | Folded) else None
+        for m, _ in modes:
+            m.__dict__["training"] = training
         tracer = _Tracer(host, example)
         graph = tracer.trace_or_refuse()
     finally:
-        for m, mode in modes.items():
-            object.__setattr__(m, "training", mode)
-    sites, refusals = _fuse(graph, dict(host.named_modules(remove_duplicate=False)))
+        for m, mode in modes:
+            m.__dict__["training"] = mode
+    sites, refusals = _Fuser(graph, dict(host.named_modules(remove_duplicate=False))).run()
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<pointfuse trace of {type(host).__name__}>", "exec"), namespace)
     guards = _compile_guards(tracer)
-    return Trace(
-        namespace["forward"], code.src, tracer.parameters, guards, tuple(e for _, e in tracer.branches), tuple(sites),
-        refusals,
-    )  # fmt: skip
+    expected = tuple(decision for _, decision in tracer.branches)
+    return Trace(namespace["forward"], code.src, tracer.kinds, guards, expected, tuple(sites), refusals)
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy that Python's ``isinstance`` takes for the tensor it stands for."""
+class _Proxy(fx.Proxy):
+    """A proxy that answers ``isinstance`` with the type it stands for, and refuses where that is not known."""
 
     _is_param = False
     _is_buffer = False
 
+    def __init__(self, node: fx.Node, tracer: Any, kind: type | None) -> None:
+        super().__init__(node, tracer)
+        self.kind = kind
+
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+        if self.kind is None:
+            raise Untraceable(f"its forward asks for the type of {self.node.name}, which a trace does not know")
+        return self.kind
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, host: nn.Module, example: tuple[Any, ...] | None) -> None:
+    """Traces one host. ``example`` maps the names of its parameters to inputs without data; by default it has no
+    example, and every parameter without a default value is taken for a tensor."""
+
+    def __init__(self, host: nn.Module, example: dict[str, Any] | None) -> None:
         super().__init__(autowrap_modules=(math,), param_shapes_constant=True)
         self.proxy_buffer_attributes = True
         self.host = host
@@ -226,13 +233,12 @@ class _Tracer(fx.Tracer):
         self.branches: list[tuple[fx.Node, bool]] = []
         # A converted host is traced again by its original forward.
         self.traced_func_name = "_pointfuse_forward" if hasattr(host, "_pointfuse_forward") else "forward"
-        signature = inspect.signature(getattr(host, self.traced_func_name))
-        kinds = [p.kind for p in signature.parameters.values()]
-        if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
-            raise Untraceable("its forward takes *args or **kwargs")
-        required = [n for n, p in signature.parameters.items() if p.default is inspect.Parameter.empty]
-        self.parameters = tuple(required)
-        self.defaults = {n: p.default for n, p in signature.parameters.items() if n not in required}
+        signature = inspect.signature(getattr(host, self.traced_func_name)).parameters
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in signature.values()):
+            raise Untraceable("its forward takes *args, **kwargs or keyword-only arguments")
+        names = [n for n, p in signature.items() if p.default is p.empty] if example is None else list(example)
+        self.kinds = {n: Tensor if example is None else type(example[n]) for n in names}
+        self.defaults = {n: p.default for n, p in signature.items() if n not in names}
 
     def trace_or_refuse(self) -> fx.Graph:
         set_attribute = nn.Module.__setattr__
@@ -263,10 +269,20 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self) if node.op in ("placeholder", "call_module") else fx.Proxy(node, self)
+        if node.op == "placeholder":
+            return _Proxy(node, self, self.kinds.get(str(node.target)))
+        if node.op == "call_module":
+            # Modules of torch.nn give tensors, but for recurrent and attention layers; a user's may give anything.
+            module = self.host.get_submodule(str(node.target))
+            known = type(module).__module__.startswith("torch.nn.modules.")
+            known = known and not isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
+            return _Proxy(node, self, Tensor if known else None)
+        return fx.Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, fx.Proxy | nn.Parameter):
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise Untraceable("its forward uses a tensor that is neither a parameter nor a buffer")
         return super().create_arg(a)
 
@@ -275,7 +291,7 @@ class _Tracer(fx.Tracer):
             raise Untraceable("its forward branches on a value computed from the input")
         if self.example is None:
             raise Untraceable("its forward branches on its input's shape or dtype: pass example_inputs")
-        value = bool(_evaluate(obj.node, dict(zip(self.parameters, self.example, strict=False))))
+        value = bool(_evaluate(obj.node, self.example))
         self.branches.append((obj.node, value))
         return value
 
@@ -317,7 +333,7 @@ def _evaluate(node: fx.Node, inputs: dict[str, Any]) -> Any:
 def _compile_guards(tracer: _Tracer) -> Callable[..., Any] | None:
     if not tracer.branches:
         return None
-    nodes, parameters = [n for n, _ in tracer.branches], tracer.parameters
+    nodes, parameters = [n for n, _ in tracer.branches], tuple(tracer.kinds)
 
     def guards(*inputs: Any) -> tuple[bool, ...]:
         by_name = dict(zip(parameters, inputs, strict=True))
@@ -326,94 +342,195 @@ def _compile_guards(tracer: _Tracer) -> Callable[..., Any] | None:
     return guards
 
 
-def _fuse(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Site], dict[str, str]]:
-    """Put ``run_unit`` in the place of each unit's calls. Returns the sites, and for other convolutions the reason."""
-    sites: list[Site] = []
-    refusals: dict[str, str] = {}
-    called: set[str] = set()
-    for node in list(graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, nn.Conv2d | FrozenUnit):
-            continue
-        called.add(str(node.target))
-        site = _match(node, modules)
-        if isinstance(site, str):
-            refusals[str(node.target)] = site
-        elif isinstance(module, nn.Conv2d):
-            sites.append(site)
-    for name, module in modules.items():
-        if "." not in name and isinstance(module, nn.Conv2d) and name not in called:
-            refusals[name] = "the forward of its host does not call it"
-    graph.lint()
-    return sites, refusals
+class _Fuser:
+    """Puts ``run_unit`` in the place of each unit's calls in one host's graph."""
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        self.graph = graph
+        self.modules = modules
+
+    def run(self) -> tuple[list[Site], dict[str, str]]:
+        """The sites and, for the other convolutions, the reason."""
+        sites: list[Site] = []
+        refusals: dict[str, str] = {}
+        called: set[str] = set()
+        for node in list(self.graph.nodes):
+            conv = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(conv, nn.Conv2d | FrozenUnit):
+                continue
+            called.add(str(node.target))
+            found = self._match(node)
+            if isinstance(found, str):
+                refusals[str(node.target)] = found
+            else:
+                self._replace(*found)
+                if isinstance(conv, nn.Conv2d):
+                    sites.append(found[0])
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Conv2d) and "." not in name and name not in called:
+                refusals[name] = "the forward of the module that holds it does not call it"
+        self.graph.lint()
+        return sites, refusals
+
+    def _match(self, conv: fx.Node) -> tuple[Site, _Chain] | str:
+        """The unit that starts at a convolution's node, or why there is none."""
+        module = self.modules[str(conv.target)]
+        frozen = isinstance(module, FrozenUnit)
+        if not frozen and (reason := conv_refusal(module)):
+            return reason
+        x = _sole_input(conv)
+        if x is None:
+            return "it is not called with one tensor"
+        if frozen and not module.absorbed:
+            return "it is frozen alone"
+        takes_act = not frozen or len(module.absorbed) > 1 or module.absorbed[0] != "BatchNorm2d"
+
+        chain = _Chain(conv, x)
+        following = _only_user(conv)
+        if following is not None and self._module_at(following, Folded if frozen else nn.BatchNorm2d):
+            if not frozen and (reason := bn_refusal(self.modules[str(following.target)])):
+                return f"batch norm {following.target} follows, but {reason}"
+            chain.bn = chain.last = following
+        if takes_act:
+            self._take_activation(chain)
+        if chain.last is not conv:
+            self._take_residual(chain, takes_act)
+        if chain.last is conv:
+            return self._why_not(conv)
+        if not self._may_move(chain, chain.last):
+            return "a call between it and its batch norm or activation may change its input"
+        return chain.site(), chain
+
+    def _take_activation(self, chain: _Chain) -> None:
+        following = _only_user(chain.last)
+        described = None if following is None else self._activation_at(following)
+        if following is not None and described is not None:
+            chain.last = chain.act = following
+            chain.activation = described
+
+    def _take_residual(self, chain: _Chain, takes_act: bool) -> None:
+        addition = _only_user(chain.last)
+        other = None if addition is None else _addend(addition, chain.last)
+        if addition is None or other is None or not self._may_move(chain, addition):
+            return
+        chain.order = "add_act" if chain.act is None else "act_add"
+        chain.residual, chain.residual_inplace = other, addition.target in _IN_PLACE_ADDITIONS
+        chain.last = addition
+        if chain.act is None and takes_act:
+            self._take_activation(chain)
+
+    def _replace(self, site: Site, chain: _Chain) -> None:
+        with self.graph.inserting_before(chain.last):
+            act: Any = tuple(chain.activation) if site.act is None else self.graph.get_attr(site.act)
+            fused = self.graph.call_function(
+                run_unit,
+                (
+                    chain.x,
+                    self.graph.get_attr(site.conv),
+                    None if site.bn is None else self.graph.get_attr(site.bn),
+                    act,
+                    chain.residual,
+                    chain.order or "add_act",
+                    chain.residual_inplace,
+                ),
+            )
+        nodes = _between(chain.conv, chain.last)
+        chain.last.replace_all_uses_with(fused)
+        for node in reversed(nodes):
+            self.graph.erase_node(node)
+
+    def _module_at(self, node: fx.Node, kind: type[nn.Module]) -> bool:
+        called = node.op == "call_module" and _sole_input(node) is not None
+        return called and isinstance(self.modules[str(node.target)], kind)
+
+    def _activation_at(self, node: fx.Node) -> Activation | None:
+        """The activation that a node applies to its input, or ``None``."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return None if isinstance(module, nn.Identity) or _sole_input(node) is None else activation_of(module)
+        name = _FUNCTIONAL_ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+        if name is None:
+            return None
+        names = ("input", "negative_slope", "inplace") if name == "leaky_relu" else ("input", "inplace")
+        arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+        slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
+        if not isinstance(slope, int | float) or not isinstance(inplace, bool):
+            return None
+        return Activation(name, float(slope), inplace or node.target in _IN_PLACE_ACTIVATIONS)
+
+    def _why_not(self, conv: fx.Node) -> str:
+        if len(conv.users) > 1:
+            return "its result goes to more than one place"
+        following = next(iter(conv.users), None)
+        if following is None or following.op == "output":
+            return "nothing follows that could be fused"
+        if following.op == "call_module":
+            return f"its result goes to {following.target} ({type(self.modules[str(following.target)]).__name__})"
+        if following.target is F.batch_norm:
+            return "functional batch_norm follows; only nn.BatchNorm2d is fused"
+        return f"its result goes to {getattr(following.target, '__name__', following.target)}"
+
+    def _may_move(self, chain: _Chain, last: fx.Node) -> bool:
+        """Whether the convolution gives the same at ``last``'s place: nothing between may write to its input."""
+        memory, own = self._memory_of(chain.x), set(_between(chain.conv, last))
+        node = chain.conv.next
+        while node is not last:
+            if node not in own and not self._only_reads(node):
+                if any(self._memory_of(argument) & memory for argument in node.all_input_nodes):
+                    return False
+            node = node.next
+        return True
+
+    def _only_reads(self, node: fx.Node) -> bool:
+        if node.op == "call_function":
+            return node.target in (getattr, run_unit, operator.add, torch.add, torch.cat)
+        if node.op != "call_module":
+            return node.op != "call_method"
+        module = self.modules[str(node.target)]
+        first = module[0] if is_sequential(module) and len(module) else module  # type: ignore[index, arg-type]
+        return isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | FrozenUnit)
+
+    def _memory_of(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes whose memory a node's value may share; a convolution's or a unit's is its own."""
+        found: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            current = waiting.pop()
+            if current in found:
+                continue
+            found.add(current)
+            called = self.modules.get(str(current.target)) if current.op == "call_module" else None
+            fresh = isinstance(called, nn.Conv2d | nn.BatchNorm2d) or current.target is run_unit
+            if not fresh:
+                waiting.extend(current.all_input_nodes)
+        return found
 
 
-def _match(conv: fx.Node, modules: dict[str, nn.Module]) -> Site | str:
-    """Match a unit that starts at a convolution's node and fuse it, or say why there is none."""
-    graph, module = conv.graph, modules[str(conv.target)]
-    frozen = isinstance(module, FrozenUnit)
-    if not frozen and (reason := conv_refusal(module)):
-        return reason
-    x = _sole_input(conv)
-    if x is None:
-        return "it is not called with one tensor"
-    last, bn, act, residual, order = conv, None, None, None, None
-    activation = IDENTITY
-    residual_inplace = False
-    why = "its result does not go to batch norm or a known activation"
+@dataclass
+class _Chain:
+    """A unit's nodes as they are found: from the convolution, by sole users, to ``last``."""
 
-    following = _only_user(last)
-    if following is None:
-        why = "its result goes to more than one place" if len(conv.users) > 1 else why
-    elif _calls(following, modules, nn.BatchNorm2d, Folded):
-        reason = None if frozen else bn_refusal(modules[str(following.target)])
-        if reason:
-            return f"batch norm {following.target} follows, but {reason}"
-        last, bn = following, following
-    elif following.op == "call_function" and following.target is F.batch_norm:
-        why = "functional batch_norm follows; only nn.BatchNorm2d is fused"
-    elif following.op == "call_module":
-        why = f"its result goes to {following.target} ({type(modules[str(following.target)]).__name__})"
+    conv: fx.Node
+    x: fx.Node
+    bn: fx.Node | None = None
+    act: fx.Node | None = None
+    activation: Activation = IDENTITY
+    residual: fx.Node | None = None
+    residual_inplace: bool = False
+    order: str | None = None
 
-    following = _only_user(last)
-    if following is not None and (described := _activation_at(following, modules)):
-        last, act, activation = following, following, described
-    following = _only_user(last)
-    if following is not None and (other := _addend(following, last)) is not None and (bn is not None or act is not None):
-        order = "add_act" if act is None else "act_add"
-        if _may_move(conv, following, x):
-            residual, residual_inplace = other, following.target in _IN_PLACE_ADDITIONS
-            last = following
-            following = _only_user(last)
-            if act is None and following is not None and (described := _activation_at(following, modules)):
-                last, act, activation = following, following, described
-        else:
-            order = None
-    if last is conv and not frozen:
-        return why
-    if not _may_move(conv, last, x):
-        return "other calls between it and its batch norm may change its input"
+    def __post_init__(self) -> None:
+        self.last = self.conv
 
-    with graph.inserting_before(last):
-        modules_args = [
-            graph.get_attr(str(conv.target)),
-            None if bn is None else graph.get_attr(str(bn.target)),
-            graph.get_attr(str(act.target)) if act is not None and act.op == "call_module" else tuple(activation),
-        ]
-        arguments = (x, *modules_args, residual, order or "add_act", residual_inplace)
-        fused = graph.call_function(run_unit, arguments)
-    last.replace_all_uses_with(fused)
-    chain = [n for n in (conv, bn, *_between(bn or conv, last)) if n is not None]
-    for node in reversed(list(dict.fromkeys(chain))):
-        graph.erase_node(node)
-    return Site(
-        str(conv.target),
-        None if bn is None else str(bn.target),
-        str(act.target) if act is not None and act.op == "call_module" else None,
-        activation,
-        order,
-        len(chain),
-    )
+    def site(self) -> Site:
+        act = self.act if self.act is not None and self.act.op == "call_module" else None
+        return Site(
+            str(self.conv.target),
+            None if self.bn is None else str(self.bn.target),
+            None if act is None else str(act.target),
+            self.activation,
+            self.order,
+        )
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
@@ -434,28 +551,6 @@ def _sole_input(node: fx.Node) -> fx.Node | None:
     return values[0] if len(values) == 1 and isinstance(values[0], fx.Node) else None
 
 
-def _calls(node: fx.Node, modules: dict[str, nn.Module], *kinds: type[nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(modules[str(node.target)], kinds) and _sole_input(node) is not None
-
-
-def _activation_at(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
-    """The activation that a node applies to its input, or ``None``."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return None if isinstance(module, nn.Identity) or _sole_input(node) is None else activation_of(module)
-    name = _FUNCTIONAL_ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-    if name is None:
-        return None
-    arguments = dict(zip(("input", "negative_slope", "inplace"), node.args, strict=False)) | node.kwargs
-    if name != "leaky_relu" and "negative_slope" in arguments:
-        arguments["inplace"] = arguments.pop("negative_slope")
-    slope = arguments.get("negative_slope", 0.01)
-    if not isinstance(slope, (int, float)) or isinstance(arguments.get("inplace"), fx.Node):
-        return None
-    inplace = bool(arguments.get("inplace", False)) or node.target in _IN_PLACE_ACTIVATIONS
-    return Activation(name, float(slope), inplace)
-
-
 def _addend(node: fx.Node, z: fx.Node) -> fx.Node | None:
     """The other operand where a node adds a tensor to ``z``, without a factor and without writing to that operand."""
     if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
@@ -467,35 +562,3 @@ def _addend(node: fx.Node, z: fx.Node) -> fx.Node | None:
         return None
     other = second if first is z else first
     return other if isinstance(other, fx.Node) else None
-
-
-def _may_move(conv: fx.Node, last: fx.Node, x: fx.Node) -> bool:
-    """Whether the convolution gives the same at ``last``'s place: nothing between them can write to its input."""
-    source, node = _sources(x), conv.next
-    chain = set(_between(conv, last))
-    while node is not last:
-        if node not in chain and any(_sources(argument) & source for argument in node.all_input_nodes):
-            if not (node.op == "call_function" and node.target is getattr):
-                return False
-        node = node.next
-    return True
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """The nodes whose memory a node's value may share. Convolution and batch norm give memory of their own."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current in found:
-            continue
-        found.add(current)
-        module = None
-        if current.op == "call_module":
-            module = current.graph.owning_module and current.graph.owning_module.get_submodule(str(current.target))
-        fresh = current.target in (run_unit, operator.add, torch.add, "add") or isinstance(
-            module, nn.Conv2d | nn.BatchNorm2d
-        )
-        if not fresh:
-            waiting.extend(current.all_input_nodes)
-    return found

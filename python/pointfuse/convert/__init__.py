@@ -1,0 +1,173 @@
+"""Converts whole models: ``plan``, ``convert``, ``revert`` and ``freeze``."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from pointfuse.convert import verification
+from pointfuse.convert.freezing import freeze_hosts, own_tensors
+from pointfuse.convert.hosts import install, is_host, shared_copy, uninstall
+from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, run_quietly, summarise
+from pointfuse.convert.verification import VerificationError
+from pointfuse.modules import ConvBNAct2d, FrozenUnit
+
+__all__ = ["Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
+
+
+def plan(model: nn.Module, example_inputs: ExampleInputs = None) -> Plan:
+    """What :func:`convert` would do to a model: its units, and every other convolution with the reason it is left.
+
+    Args:
+        model: any module; it is not changed.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. With them the plan
+            knows shapes, and modules whose forward branches on its inputs' shapes can be analysed.
+
+    Returns:
+        a :class:`Plan`: ``.units``, ``.skipped``, ``.to_dict()``; it prints as a table.
+    """
+    _check(model, "plan")
+    return summarise(model, analyse(model, example_inputs), example_inputs)
+
+
+def convert(
+    model: nn.Module, example_inputs: ExampleInputs = None, inplace: bool = False, verify: bool = False
+) -> nn.Module:
+    """A model whose convolution units run fused, for inference and training.
+
+    Every module keeps its class (as a base), attributes, children and names, so ``state_dict`` keys, checkpoints,
+    optimisers, slices and hooks go on working. What cannot be proven from the data flow is left alone: :func:`plan`
+    lists it.
+
+    Args:
+        model: any module, in any mode.
+        example_inputs: as for :func:`plan`; needed for ``verify``.
+        inplace: convert ``model`` itself. Otherwise a copy of its structure is converted that *shares* its parameters
+            and buffers: training either trains both, and no second copy of the weights is kept.
+        verify: run both models on the example inputs in evaluation and training mode first, and raise
+            :class:`VerificationError` with the worst module's name and figures where they differ.
+
+    Returns:
+        the converted model; converting it again changes nothing.
+    """
+    _check(model, "convert")
+    if verify and example_inputs is None:
+        raise ValueError("verify=True runs the models: pass example_inputs")
+    target = model if inplace and not verify else _copy(model)
+    found = analyse(target, example_inputs)
+    _install(found)
+    if not any(h.sites for h in found) and not any(isinstance(m, ConvBNAct2d) for m in model.modules()):
+        warnings.warn(
+            "pointfuse.convert found no unit in this model; pointfuse.plan(model) lists each convolution with the reason",
+            UserWarning,
+            stacklevel=2,
+        )
+    if verify:
+        verification.verify(model, target, example_inputs)
+        if inplace:
+            _install(analyse(model, example_inputs))
+    return model if inplace else target
+
+
+def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Plain PyTorch again: every module with its own class, every :class:`ConvBNAct2d` a ``Sequential`` of its children.
+
+    Parameters and buffers are shared as in :func:`convert`; ``state_dict`` keys stay. A model that was never converted
+    comes back as it is; a :class:`ConvBNAct2d` that its parent calls with a residual has no plain form, and the parent
+    will raise ``TypeError``. Raises ``RuntimeError`` for a frozen model, whose batch norms are gone.
+    """
+    _check(model, "revert")
+    if any(isinstance(m, FrozenUnit) for m in model.modules()):
+        raise RuntimeError("a frozen model cannot be reverted: use the model that was given to pointfuse.freeze")
+    model = model if inplace else _copy(model)
+    for module in list(model.modules()):
+        if is_host(module):
+            uninstall(module)
+        for name, child in module._modules.items():
+            if isinstance(child, ConvBNAct2d):
+                module._modules[name] = _sequential(child)
+    return _sequential(model) if isinstance(model, ConvBNAct2d) else model
+
+
+def freeze(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    inplace: bool = False,
+    *,
+    pack: bool = True,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> nn.Module:
+    """The fastest form for inference: batch norms folded into weights, weights packed, channels_last inside.
+
+    Weights and statistics are read once, here: later changes to ``model`` do not reach the frozen model, which has no
+    gradient and refuses ``train()``.
+
+    Args:
+        model: a module in evaluation mode, converted or not.
+        example_inputs: as for :func:`plan`. With them the model is run once, so that weights are packed for their
+            shapes; otherwise the first call packs.
+        inplace: freeze ``model`` itself, releasing each original weight as it is folded. Otherwise ``model`` is left
+            as it was, and shares nothing with the frozen model.
+        pack: on the CPU, reorder weights into oneDNN's own layout. ``False`` keeps plain tensors, for torch.compile,
+            torch.export and torch.jit.trace.
+        memory_format: in which the frozen convolutions work and answer, as after
+            ``model.to(memory_format=torch.channels_last)``; values and shapes do not depend on it.
+
+    Returns:
+        the frozen model. Batch norms that do not follow a convolution, or that normalise with the batch's own
+        statistics, stay as they are.
+    """
+    _check(model, "freeze")
+    if model.training:
+        raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
+    if any(isinstance(m, FrozenUnit) for m in model.modules()):
+        return model
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
+    originals = set() if inplace else {id(t) for t in (*model.parameters(), *model.buffers())}
+    model = model if inplace else _copy(model)
+    found = analyse(model, example_inputs)
+    freeze_hosts(model, found, pack and memory_format == torch.channels_last, memory_format)
+    if originals:
+        own_tensors(model, originals)
+    install(model, frozen=True)
+    if example_inputs is not None:
+        run_quietly(model, example_inputs)
+    return model
+
+
+def _check(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pointfuse.{function} takes an nn.Module, not a {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError(f"this model is compiled: call pointfuse.{function} on the model first, then torch.compile it")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise TypeError(
+            f"this model is wrapped in {type(model).__name__}: call pointfuse.{function} on the model first, then wrap it"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"this model is a ScriptModule: call pointfuse.{function} on the Python model it was made from")
+
+
+def _install(found: list[HostPlan]) -> None:
+    for host in found:
+        if host.sites and not isinstance(host.module, ConvBNAct2d):
+            install(host.module, host.traces, host.example)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return shared_copy(model)
+    except Exception as error:
+        error.add_note("raised while copying the model's structure; inplace=True needs no copy")
+        raise
+
+
+def _sequential(unit: ConvBNAct2d) -> nn.Sequential:
+    children = OrderedDict((name, child) for name, child in unit.named_children())
+    sequential = nn.Sequential(children)
+    sequential.training = unit.training
+    return sequential

@@ -1,0 +1,234 @@
+"""What conversion would do to a model, as data: the units found, and what is left alone with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pointfuse.backends import select
+from pointfuse.convert.hosts import trace_both
+from pointfuse.convert.matching import Site, Trace, hosts, is_sequential, match_sequential, original_forward
+from pointfuse.modules import ConvBNAct2d, FrozenUnit, activation_of, bn_refusal, conv_refusal
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit. Names are module paths in the model; an activation without a module has none.
+
+    Shapes are ``[batch, channels, height, width]``, known where example inputs were given.
+    """
+
+    name: str
+    conv: str
+    bn: str | None
+    act: str | None
+    activation: str
+    residual: str | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    dtype: str
+    backend: str
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A convolution that is left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The units of a model and what is skipped; prints as a table."""
+
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data for JSON."""
+        return {"units": [asdict(u) for u in self.units], "skipped": [asdict(s) for s in self.skipped]}
+
+    def __str__(self) -> str:
+        rows = [("unit", "convolution", "normalisation", "activation", "residual", "input", "backend")]
+        for u in self.units:
+            kernel = "x".join(map(str, u.kernel_size))
+            stride = "" if set(u.stride) == {1} else f" /{u.stride[0]}"
+            shape = "" if u.input_shape is None else "x".join(map(str, u.input_shape))
+            rows.append(
+                (u.conv, f"{kernel} {u.in_channels}->{u.out_channels}{stride}", u.bn or "-",
+                 u.activation if u.act is None else f"{u.activation} ({u.act})", u.residual or "-", shape, u.backend)
+            )  # fmt: skip
+        lines = _align(rows) if self.units else []
+        if self.skipped:
+            lines += ["", *_align([("skipped", "reason"), *((s.name, s.reason) for s in self.skipped)])]
+        lines += ["", f"{len(self.units)} units, {len(self.skipped)} convolutions skipped"]
+        return "\n".join(lines).strip()
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """One host with its sites and what converting it needs."""
+
+    name: str
+    module: nn.Module
+    sites: tuple[Site, ...]
+    refusals: dict[str, str]
+    traces: dict[bool, Trace | None] | None
+    example: dict[str, Any] | None = None
+
+
+def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[HostPlan]:
+    """The hosts of a model. Changes nothing that outlives the call."""
+    owners = list(hosts(model))
+    traced = [m for _, m, _ in owners if not is_sequential(m) and not isinstance(m, ConvBNAct2d)]
+    examples = {} if example_inputs is None or not traced else _host_inputs(model, traced, example_inputs)
+    return [_analyse_host(name, module, convs, examples.get(id(module))) for name, module, convs in owners]
+
+
+def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleInputs = None) -> Plan:
+    """The plan of analysed hosts; with example inputs, the model is run once to see shapes."""
+    shapes = {} if example_inputs is None else _conv_shapes(model, example_inputs)
+    units, skipped = [], []
+    for host in found:
+        for site in host.sites:
+            units.append(_unit(host, site, shapes))
+        skipped += [Skipped(_join(host.name, name), reason) for name, reason in host.refusals.items()]
+    return Plan(tuple(units), tuple(skipped))
+
+
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call a model with example inputs: one tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    raise TypeError(
+        f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple or list of the model's "
+        "arguments, or a dict of keyword arguments"
+    )
+
+
+def run_quietly(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call a model in evaluation mode without gradients, and give every module its own mode back."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in modes:
+            m.__dict__["training"] = False
+        with torch.no_grad():
+            return call(model, example_inputs)
+    except Exception as error:
+        error.add_note("raised while running the model on example_inputs")
+        raise
+    finally:
+        for m, mode in modes:
+            m.__dict__["training"] = mode
+
+
+def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[str, Any] | None = None) -> HostPlan:
+    if isinstance(module, ConvBNAct2d):
+        return _analyse_unit(name, module)
+    if is_sequential(module):
+        sites, refusals = match_sequential(module)
+        return HostPlan(name, module, tuple(sites), refusals, None)
+    traces, failure = trace_both(module, example)
+    trace = traces[False]
+    if trace is None:
+        return HostPlan(name, module, (), {c: str(failure) for c in convs}, traces, example)
+    return HostPlan(name, module, trace.sites, trace.refusals, traces, example)
+
+
+def _analyse_unit(name: str, unit: ConvBNAct2d) -> HostPlan:
+    refusal = conv_refusal(unit.conv) or (unit.bn and bn_refusal(unit.bn))
+    activation = activation_of(unit.act)
+    if isinstance(unit.conv, FrozenUnit) or refusal or activation is None:
+        return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, None)
+    site = Site("conv", unit.bn and "bn", unit.act and "act", activation, None)
+    return HostPlan(name, unit, (site,), {}, None)
+
+
+def _host_inputs(
+    model: nn.Module, modules: list[nn.Module], example_inputs: ExampleInputs
+) -> dict[int, dict[str, Any]]:
+    """By module, the arguments of its first call that a trace has to take, without their data."""
+    seen: dict[int, dict[str, Any]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(original_forward(module))
+        given = list(signature.bind(module, *args, **kwargs).arguments.items())[1:]
+        # Constants that equal the default are the default's business.
+        taken = {n: v for n, v in given if v is not signature.parameters[n].default}
+        seen.setdefault(id(module), pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), taken))
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+    try:
+        run_quietly(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _conv_shapes(model: nn.Module, example_inputs: ExampleInputs) -> dict[int, tuple[torch.Size, torch.Size]]:
+    shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        shapes.setdefault(id(module), (args[0].shape, output.shape))
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        run_quietly(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _unit(host: HostPlan, site: Site, shapes: dict[int, tuple[torch.Size, torch.Size]]) -> Unit:
+    conv = host.module.get_submodule(site.conv)
+    assert isinstance(conv, nn.Conv2d)
+    seen = shapes.get(id(conv))
+    return Unit(
+        name=_join(host.name, site.conv),
+        conv=_join(host.name, site.conv),
+        bn=None if site.bn is None else _join(host.name, site.bn),
+        act=None if site.act is None else _join(host.name, site.act),
+        activation=site.activation.name,
+        residual=site.residual_order,
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        dtype=str(conv.weight.dtype).removeprefix("torch."),
+        backend=select().__name__.rpartition(".")[2],
+        input_shape=None if seen is None else tuple(seen[0]),
+        output_shape=None if seen is None else tuple(seen[1]),
+    )
+
+
+def _join(*names: str) -> str:
+    return ".".join(n for n in names if n)
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
