@@ -1,6 +1,6 @@
 """pointfuse: convolution, batch norm and activation as one unit, with PyTorch's own answers."""
 
-from pointfuse import ops as _ops  # registers torch.ops.pointfuse
+import pointfuse.ops  # noqa: F401  registers torch.ops.pointfuse
 from pointfuse._version import __version__
 from pointfuse.backends import BackendStatus, backends, use_backend
 from pointfuse.convert import Plan, VerificationError, convert, freeze, plan, revert

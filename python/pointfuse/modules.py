@@ -154,7 +154,7 @@ class FrozenUnit(nn.Module):
         return self.run(x)
 
     def run(self, x: Tensor, residual: Tensor | None = None, residual_order: str = "add_act") -> Tensor:
-        """The whole unit's output, in the frozen memory format. Raises ``RuntimeError`` where a gradient is asked for."""
+        """The unit's output, in the frozen memory format. Raises ``RuntimeError`` where a gradient is asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError(
                 "a frozen unit has no gradient: call it under torch.no_grad(), or use pointfuse.convert to train"
@@ -165,7 +165,7 @@ class FrozenUnit(nn.Module):
             packed = self._packed_for(x)
             if packed is None:
                 bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-                z = nn.functional.conv2d(x, self.dense_weight(), bias, *self.geometry)
+                z = aten.conv(x, self.dense_weight(), bias, self.geometry)
                 return aten.finish(z, self.activation, residual, residual_order, owned=True)
             act_first = residual is None or residual_order == "act_add"
             epilogue = aten.onednn_epilogue(self.activation) if act_first else None
@@ -355,6 +355,7 @@ def _compose(
     """The same modules called one by one, as the model before conversion did."""
 
     def add(z: Tensor) -> Tensor:
+        assert residual is not None
         return z.add_(residual) if residual_inplace else z + residual
 
     z = conv(x)

@@ -32,11 +32,11 @@ class Geometry(NamedTuple):
         )
 
     def output_plane(self, input_shape: Size | tuple[int, ...], kernel: Size | tuple[int, ...]) -> Pair:
-        """Height and width of the output, for a well-formed geometry, from ``[batch, c, h, w]`` and ``[.., kh, kw]``."""
-        assert not isinstance(self.padding, str)
+        """Height and width of the output of a well-formed geometry, from ``[batch, c, h, w]`` and ``[.., kh, kw]``."""
+        padding = self.padding
+        assert not isinstance(padding, str)
         h, w = (
-            (input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i - 2] - 1) - 1) // self.stride[i]
-            + 1
+            (input_shape[2 + i] + 2 * padding[i] - self.dilation[i] * (kernel[i - 2] - 1) - 1) // self.stride[i] + 1
             for i in (0, 1)
         )
         return h, w

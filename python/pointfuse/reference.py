@@ -35,7 +35,7 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What ``backward`` needs of ``forward``. Shapes: x and weight as given, y and z ``[batch, c_out, h_out, w_out]``."""
+    """What ``backward`` needs of ``forward``: x and weight as given, y and z ``[batch, c_out, h_out, w_out]``."""
 
     x: Tensor
     weight: Tensor

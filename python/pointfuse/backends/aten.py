@@ -63,12 +63,18 @@ def conv_bn_act(
         z = _onednn_fused(x, weight, bias, bn, activation if act_first else IDENTITY, geometry)
         if z is not None:
             return finish(z, IDENTITY if act_first else activation, residual, residual_order, owned)
-    z = F.conv2d(x, weight, bias, *geometry)
+    z = conv(x, weight, bias, geometry)
     if bn is not None:
         z = F.batch_norm(
             z, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_statistics, bn.momentum, bn.eps
         )
     return finish(z, activation, residual, residual_order, owned)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The convolution alone."""
+    stride, padding, dilation, groups = geometry
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def finish(z: Tensor, activation: Activation, residual: Tensor | None, residual_order: str, owned: bool) -> Tensor:

@@ -61,7 +61,7 @@ def convert(
     _install(found)
     if not any(h.sites for h in found) and not any(isinstance(m, ConvBNAct2d) for m in model.modules()):
         warnings.warn(
-            "pointfuse.convert found no unit in this model; pointfuse.plan(model) lists each convolution with the reason",
+            "pointfuse.convert found no unit in this model; pointfuse.plan(model) lists the reason of each convolution",
             UserWarning,
             stacklevel=2,
         )
@@ -73,7 +73,7 @@ def convert(
 
 
 def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Plain PyTorch again: every module with its own class, every :class:`ConvBNAct2d` a ``Sequential`` of its children.
+    """Plain PyTorch again: every module with its own class, every :class:`ConvBNAct2d` a ``Sequential``.
 
     Parameters and buffers are shared as in :func:`convert`; ``state_dict`` keys stay. A model that was never converted
     comes back as it is; a :class:`ConvBNAct2d` that its parent calls with a residual has no plain form, and the parent
@@ -146,7 +146,7 @@ def _check(model: nn.Module, function: str) -> None:
         raise TypeError(f"this model is compiled: call pointfuse.{function} on the model first, then torch.compile it")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError(
-            f"this model is wrapped in {type(model).__name__}: call pointfuse.{function} on the model first, then wrap it"
+            f"this model is wrapped in {type(model).__name__}: call pointfuse.{function} first, then wrap the result"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"this model is a ScriptModule: call pointfuse.{function} on the Python model it was made from")

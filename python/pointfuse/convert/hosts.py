@@ -58,17 +58,17 @@ def _sequential_forward(self: nn.Module, input: Any) -> Any:
     return run_sequence(list(self._modules.values()), input)  # type: ignore[arg-type]
 
 
-def _traced_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     trace = self.__dict__[_TRACES].get(self.training)
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
             return trace.forward(self, *inputs)
         _warn_once(
-            f"{self._pointfuse_class.__name__}.forward was called in a way its conversion does not cover (arguments "  # type: ignore[union-attr]
+            f"{self._pointfuse_class.__name__}.forward was called in a way its conversion does not cover (arguments "
             "other than the tensors it needs, or a branch other than with the example inputs): it runs unfused"
         )
-    return self._pointfuse_forward(*args, **kwargs)  # type: ignore[operator]
+    return self._pointfuse_forward(*args, **kwargs)
 
 
 def _inputs(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -86,16 +86,21 @@ def _inputs(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return args
 
 
-def _traced_setattr(self: nn.Module, name: str, value: Any) -> None:
-    self._pointfuse_class.__setattr__(self, name, value)  # type: ignore[union-attr]
+def _traced_setattr(self: Any, name: str, value: Any) -> None:
+    self._pointfuse_class.__setattr__(self, name, value)
     # A trace holds the plain attributes that forward read; modes, tensors and modules it reads on every call.
     if name != "training" and not isinstance(value, Tensor | nn.Module) and self.__dict__.get(_TRACES):
         _refresh(self)
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+
+
 def host_class(cls: type[nn.Module], frozen: bool) -> type[nn.Module]:
     """The subclass of ``cls`` that runs fused; with ``frozen`` it also refuses to train. ``cls`` is unconverted."""
+    made = _CLASSES.get((cls, frozen))
+    if made is not None:
+        return made
     body: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -109,7 +114,8 @@ def host_class(cls: type[nn.Module], frozen: bool) -> type[nn.Module]:
     elif cls.forward is not nn.Module.forward:
         body["forward"] = functools.wraps(cls.forward)(_traced_forward)
         body["__setattr__"] = _traced_setattr
-    return type(cls.__name__, (*([_FrozenRoot] if frozen else []), _Host, cls), body)
+    bases = (_FrozenRoot, _Host, cls) if frozen else (_Host, cls)
+    return _CLASSES.setdefault((cls, frozen), type(cls.__name__, bases, body))
 
 
 def is_host(module: nn.Module) -> bool:
@@ -119,7 +125,7 @@ def is_host(module: nn.Module) -> bool:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before conversion."""
-    return module._pointfuse_class if isinstance(module, _Host) else type(module)  # type: ignore[return-value]
+    return module._pointfuse_class if isinstance(module, _Host) else type(module)
 
 
 def install(

@@ -157,7 +157,7 @@ def run_sequence(modules: Sequence[nn.Module], x: Any) -> Any:
 
 def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """The units of a sequential host and, for its other convolutions, the reason."""
-    names, modules = list(host._modules), list(host._modules.values())
+    names, modules = list(host._modules), list(host.children())
     sites, refusals, i = [], {}, 0
     while i < len(modules):
         run = run_at(modules, i)
@@ -214,8 +214,8 @@ class _Proxy(fx.Proxy):
         super().__init__(node, tracer)
         self.kind = kind
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if self.kind is None:
             raise Untraceable(f"its forward asks for the type of {self.node.name}, which a trace does not know")
         return self.kind
@@ -263,8 +263,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A slice of a Sequential is a new Sequential that the model does not hold; its children are the model's.
         if is_sequential(m) and not has_hooks(m) and m not in self.submodule_paths:  # type: ignore[operator]
-            for child in m:
-                (args, kwargs) = ((child(*args, **kwargs),), {})
+            for child in m.children():
+                args, kwargs = (child(*args, **kwargs),), {}
             return args[0]
         return super().call_module(m, forward, args, kwargs)
 
@@ -475,9 +475,9 @@ class _Fuser:
         memory, own = self._memory_of(chain.x), set(_between(chain.conv, last))
         node = chain.conv.next
         while node is not last:
-            if node not in own and not self._only_reads(node):
-                if any(self._memory_of(argument) & memory for argument in node.all_input_nodes):
-                    return False
+            reads = node in own or self._only_reads(node)
+            if not reads and any(self._memory_of(argument) & memory for argument in node.all_input_nodes):
+                return False
             node = node.next
         return True
 
@@ -487,7 +487,7 @@ class _Fuser:
         if node.op != "call_module":
             return node.op != "call_method"
         module = self.modules[str(node.target)]
-        first = module[0] if is_sequential(module) and len(module) else module  # type: ignore[index, arg-type]
+        first = next(module.children(), module) if is_sequential(module) else module
         return isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | FrozenUnit)
 
     def _memory_of(self, node: fx.Node) -> set[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,11 +156,13 @@ def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[
 
 
 def _analyse_unit(name: str, unit: ConvBNAct2d) -> HostPlan:
-    refusal = conv_refusal(unit.conv) or (unit.bn and bn_refusal(unit.bn))
+    refusal = conv_refusal(unit.conv) or (bn_refusal(unit.bn) if unit.bn is not None else None)
     activation = activation_of(unit.act)
     if isinstance(unit.conv, FrozenUnit) or refusal or activation is None:
         return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, None)
-    site = Site("conv", unit.bn and "bn", unit.act and "act", activation, None)
+    site = Site(
+        "conv", "bn" if unit.bn is not None else None, "act" if unit.act is not None else None, activation, None
+    )
     return HostPlan(name, unit, (site,), {}, None)
 
 
@@ -229,6 +232,6 @@ def _join(*names: str) -> str:
     return ".".join(n for n in names if n)
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
