@@ -115,14 +115,14 @@ def onednn_takes_dtype(dtype: torch.dtype) -> bool:
 def onednn_accepts(x: Tensor, geometry: Geometry) -> bool:
     """Whether an input may go to oneDNN's own operators, which autograd, autocast and tracers do not know."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
         and onednn_takes_dtype(x.dtype)
         and geometry.well_formed
         and type(x) is Tensor
         and x.layout is torch.strided
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.maybe_current_level() is None
     )

@@ -375,15 +375,16 @@ class _Fuser:
     def _match(self, conv: fx.Node) -> tuple[Site, _Chain] | str:
         """The unit that starts at a convolution's node, or why there is none."""
         module = self.modules[str(conv.target)]
-        frozen = isinstance(module, FrozenUnit)
+        absorbed = module.absorbed if isinstance(module, FrozenUnit) else None
+        frozen = absorbed is not None
         if not frozen and (reason := conv_refusal(module)):
             return reason
         x = _sole_input(conv)
         if x is None:
             return "it is not called with one tensor"
-        if frozen and not module.absorbed:
+        if absorbed == ():
             return "it is frozen alone"
-        takes_act = not frozen or len(module.absorbed) > 1 or module.absorbed[0] != "BatchNorm2d"
+        takes_act = absorbed != ("BatchNorm2d",)
 
         chain = _Chain(conv, x)
         following = _only_user(conv)

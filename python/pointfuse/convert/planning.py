@@ -109,6 +109,9 @@ def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleIn
         for site in host.sites:
             units.append(_unit(host, site, shapes))
         skipped += [Skipped(_join(host.name, name), reason) for name, reason in host.refusals.items()]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    units.sort(key=lambda u: order[u.name])
+    skipped.sort(key=lambda s: order[s.name])
     return Plan(tuple(units), tuple(skipped))
 
 

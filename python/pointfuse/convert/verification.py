@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,11 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 class VerificationError(RuntimeError):
-    """A converted model answered otherwise than the original."""
+    """A converted model answered otherwise than the original; ``worst`` holds the worst difference of each mode."""
+
+    def __init__(self, message: str, worst: Sequence[Difference] = ()) -> None:
+        super().__init__(message)
+        self.worst = list(worst)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: ExampleInp
     if not failed.error <= failed.tolerance:
         raise VerificationError(
             f"{failed.name} differs most, in {failed.mode} mode: by {failed.error:.3g} of its largest magnitude, where "
-            f"{failed.tolerance:.3g} is accepted; the model was not converted"
+            f"{failed.tolerance:.3g} is accepted; the model was not converted",
+            worst,
         )
     return worst
 

@@ -1,0 +1,155 @@
+"""The command ``pointfuse``, also ``python -m pointfuse``: doctor, plan, verify and bench."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pointfuse._version import __version__
+from pointfuse.convert import VerificationError, convert, plan, verification
+from pointfuse.doctor import examine
+
+MODEL_HELP = "pkg.module:callable that returns an nn.Module, or 'yolov3' in a source checkout"
+EXIT_CODES = "exit codes: 0 success, 1 the check failed, 2 wrong usage or a model that cannot be made, 130 interrupted"
+
+
+class UsageError(Exception):
+    """What the user gave cannot be used; the message says what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.run is not _bench:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    try:
+        return arguments.run(arguments)
+    except UsageError as error:
+        print(f"pointfuse: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pointfuse: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("pointfuse", description=__doc__, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"pointfuse {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what can run here, and a sanity check of each backend")
+    doctor.set_defaults(run=_doctor)
+
+    plan_parser = commands.add_parser("plan", help="the units of a model, and what is left alone with the reason")
+    plan_parser.set_defaults(run=_plan)
+
+    verify = commands.add_parser("verify", help="convert a model and compare it with the original, eval and train")
+    verify.set_defaults(run=_verify)
+
+    for command in (plan_parser, verify):
+        command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        command.add_argument(
+            "--input",
+            type=_shape,
+            metavar="NxCxHxW",
+            help="shape of a random input; verify takes 1x3x224x224 by default, and 416 for yolov3",
+        )
+    for command in (doctor, plan_parser, verify):
+        command.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = commands.add_parser("bench", help="run the benchmarks of a source checkout", add_help=False)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    report = examine()
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    return 0 if report.healthy else 1
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    model = _load(arguments.model)
+    found = plan(model, None if arguments.input is None else torch.randn(arguments.input))
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    model = _load(arguments.model)
+    shape = arguments.input or ((1, 3, 416, 416) if arguments.model == "yolov3" else (1, 3, 224, 224))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    converted = convert(model, x)
+    try:
+        worst, failure = verification.verify(model, converted, x), ""
+    except VerificationError as error:
+        worst, failure = error.worst, str(error)
+    units = len(plan(model).units)
+    if arguments.json:
+        print(json.dumps({"passed": not failure, "units": units, "worst": [asdict(d) for d in worst]}, indent=2))
+    else:
+        print(f"{units} units in {arguments.model}, input {'x'.join(map(str, shape))}")
+        for d in worst:
+            print(
+                f"{d.mode:<6} largest difference {d.error:.1e} of the largest value "
+                f"(accepted {d.tolerance:.0e}): {d.name}"
+            )
+        print(f"FAILED: {failure}" if failure else "passed")
+    return 1 if failure else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    script = _checkout() / "benchmarks" / "run.py"
+    return subprocess.run([sys.executable, str(script), *arguments.rest], check=False).returncode
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write sizes joined by x, as in 1x3x224x224")
+    return shape
+
+
+def _load(name: str) -> nn.Module:
+    """The model that a command line names, seeded, in evaluation mode."""
+    if name == "yolov3":
+        sys.path.insert(0, str(_checkout()))
+        name = "benchmarks.models.yolov3:yolov3"
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UsageError(f"MODEL is {name!r}; it must be {MODEL_HELP}")
+    sys.path.insert(0, "")
+    try:
+        make: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            make = getattr(make, part)
+        torch.manual_seed(0)
+        model = make if isinstance(make, nn.Module) else make()
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} gave a {type(model).__name__}; it must give an nn.Module")
+    return model.eval()
+
+
+def _checkout() -> Path:
+    """The root of the source checkout: the working directory, or where an editable install points."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / "benchmarks" / "run.py").is_file() and (root / "python" / "pointfuse").is_dir():
+            return root
+    raise UsageError("this needs a source checkout, which holds the benchmarks: run it from the checkout's root")

@@ -1,0 +1,107 @@
+"""What this machine offers pointfuse, and a sanity check of every backend that can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from typing import Any
+
+import torch
+
+from pointfuse import reference
+from pointfuse._version import __version__
+from pointfuse.backends import VARIABLE, backends, select, use_backend
+from pointfuse.functional import conv_bn_act
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """A backend's state; ``error`` is the sanity check's largest difference from float64 over the largest value."""
+
+    name: str
+    usable: bool
+    reason: str
+    error: float | None
+    passed: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that ``pointfuse doctor`` prints."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    settings: dict[str, str]
+    backends: list[BackendReport]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every usable backend gave the right answer."""
+        return all(b.passed is not False for b in self.backends)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON."""
+        return asdict(self) | {"healthy": self.healthy}
+
+    def __str__(self) -> str:
+        lines = [f"{name:<22} {value}" for name, value in (self.versions | self.settings).items()]
+        lines += [f"{'device':<22} {device}" for device in self.devices]
+        for b in self.backends:
+            state = f"not usable: {b.reason}"
+            if b.usable:
+                verdict = "sanity check passed" if b.passed else "SANITY CHECK FAILED"
+                state = f"usable; {verdict} (error against float64 {b.error:.1e})"
+            lines.append(f"{'backend ' + b.name:<22} {state}")
+        return "\n".join(lines)
+
+
+def examine() -> Report:
+    """Look at versions, devices and settings, and check every usable backend on a tiny unit."""
+    return Report(_versions(), _devices(), _settings(), [_check(name) for name in backends()])
+
+
+def _versions() -> dict[str, str]:
+    versions = {"pointfuse": __version__, "python": sys.version.split()[0], "torch": torch.__version__}
+    versions["torch's CUDA"] = torch.version.cuda or "none: torch is built for the CPU"
+    versions["triton"] = metadata.version("triton") if util.find_spec("triton") else "not installed"
+    versions["nvcc"] = shutil.which("nvcc") or "not found"
+    return versions
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    if not torch.cuda.is_available():
+        return [cpu]
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [cpu, *(f"cuda:{i} {p.name} (sm_{p.major}{p.minor})" for i, p in enumerate(names))]
+
+
+def _settings() -> dict[str, str]:
+    return {
+        "oneDNN": "on" if torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn else "off",
+        "bf16 on this CPU": "fast" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
+        "TF32 convolutions": "allowed" if torch.backends.cudnn.allow_tf32 else "not allowed",
+        VARIABLE: os.environ.get(VARIABLE) or "not set (auto)",
+        "backend chosen": select().__name__.rpartition(".")[2],
+    }
+
+
+def _check(name: str) -> BackendReport:
+    status = backends()[name]
+    if not status.usable:
+        return BackendReport(name, False, status.reason, None, None)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 24, 33, 33, generator=generator), torch.randn(16, 24, 3, 3, generator=generator)
+    mean, beta = torch.randn(2, 16, generator=generator)
+    var, gamma = torch.rand(2, 16, generator=generator) + 0.5
+    expected, _ = reference.forward(
+        *(t.double() for t in (x, weight, torch.zeros(16), mean, var, gamma, beta)), padding=1
+    )
+    with use_backend(name), torch.no_grad():
+        y = conv_bn_act(x, weight, None, mean, var, gamma, beta, padding=1)
+    error = ((y - expected).abs().max() / expected.abs().max()).item()
+    return BackendReport(name, True, "", error, error < 1e-5)

@@ -1,0 +1,34 @@
+"""What every test shares: seeds, NaN-filled uninitialised memory, and the skip policy.
+
+Skip policy: a test may be skipped for hardware or an optional package that is absent, with that as its reason, and for
+nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `benchmarks`, which is not installed
+
+settings.register_profile(
+    "pointfuse", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("pointfuse")
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison() -> Iterator[None]:
+    """Fix the seed and fill uninitialised memory with NaN, so that an element never written shows."""
+    torch.manual_seed(0)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
