@@ -143,6 +143,7 @@ class FrozenUnit(nn.Module):
         self.packable = packable
         self.memory_format = memory_format
         self._packed: Tensor | None = None
+        self._epilogue = aten.onednn_epilogue(activation)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,19 +160,21 @@ class FrozenUnit(nn.Module):
             raise RuntimeError(
                 "a frozen unit has no gradient: call it under torch.no_grad(), or use pointfuse.convert to train"
             )
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=self.memory_format)
-        with torch.no_grad():
-            packed = self._packed_for(x)
-            if packed is None:
-                bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-                z = aten.conv(x, self.dense_weight(), bias, self.geometry)
-                return aten.finish(z, self.activation, residual, residual_order, owned=True)
-            act_first = residual is None or residual_order == "act_add"
-            epilogue = aten.onednn_epilogue(self.activation) if act_first else None
-            z = aten.onednn_conv(x, packed, self.bias, epilogue or ("none", ()), self.geometry)
-            rest = IDENTITY if epilogue else self.activation
-            return aten.finish(z, rest, residual, residual_order, owned=True)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(x, residual, residual_order)
+        packed = self._packed_for(x)
+        if packed is None:
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=self.memory_format)
+            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+            z = aten.conv(x, self.dense_weight(), bias, self.geometry)
+            return aten.finish(z, self.activation, residual, residual_order, owned=True)
+        if residual is None and self._epilogue is not None:
+            return aten.onednn_conv(x, packed, self.bias, self._epilogue, self.geometry)
+        fused = self._epilogue if residual_order == "act_add" else None
+        z = aten.onednn_conv(x, packed, self.bias, fused or ("none", ()), self.geometry)
+        return aten.finish(z, IDENTITY if fused else self.activation, residual, residual_order, owned=True)
 
     def dense_weight(self) -> Tensor:
         """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
@@ -195,13 +198,14 @@ class FrozenUnit(nn.Module):
         )
 
     def _packed_for(self, x: Tensor) -> Tensor | None:
-        if not self.packable or not aten.onednn_accepts(x, self.geometry):
+        if not self.packable or not aten.onednn_accepts(x):
             return None
         if self._packed is None:
-            weight = self.weight
-            if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * self.geometry.groups:
+            weight, geometry = self.weight, self.geometry
+            fits = x.dtype == weight.dtype and x.shape[1] == weight.shape[1] * geometry.groups
+            if not fits or not geometry.well_formed or not aten.onednn_takes_dtype(x.dtype):
                 return None
-            packed = aten.pack(weight, self.geometry, x.shape)
+            packed = aten.pack(weight, geometry, x.shape)
             if packed is None:
                 return None
             del self._buffers["weight"]

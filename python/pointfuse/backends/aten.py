@@ -112,15 +112,13 @@ def onednn_takes_dtype(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def onednn_accepts(x: Tensor, geometry: Geometry) -> bool:
+def onednn_accepts(x: Tensor) -> bool:
     """Whether an input may go to oneDNN's own operators, which autograd, autocast and tracers do not know."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
-        and onednn_takes_dtype(x.dtype)
-        and geometry.well_formed
         and type(x) is Tensor
         and x.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
@@ -148,7 +146,7 @@ def pack(weight: Tensor, geometry: Geometry, input_shape: Sequence[int]) -> Tens
     The packed weight answers other input shapes too; where they want another layout, oneDNN reorders on every call.
     """
     h_out, w_out = geometry.output_plane(tuple(input_shape), weight.shape)
-    if not onednn_takes_dtype(weight.dtype) or input_shape[0] * h_out * w_out * weight.numel() < _PACK_MIN_MACS:
+    if input_shape[0] * h_out * w_out * weight.numel() < _PACK_MIN_MACS:
         return None
     stride, padding, dilation, groups = geometry
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(input_shape))
@@ -178,7 +176,9 @@ def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     """Whether PyTorch itself would give the call to oneDNN, with nothing about it that could be an error."""
     return (
         x.numel() > _ONEDNN_MIN_INPUT
-        and onednn_accepts(x, geometry)
+        and onednn_accepts(x)
+        and onednn_takes_dtype(x.dtype)
+        and geometry.well_formed
         and weight.dim() == 4
         and weight.dtype == x.dtype
         and (bias is None or bias.dtype == x.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,17 @@ def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, memory_for
 
     Weights are folded one at a time, and each original is released before the next is folded.
     """
-    uses = Counter(id(h.module.get_submodule(n)) for h in found for s in h.sites for n in (s.conv, s.bn) if n)
+    partners = _partners(found)
     for host in found:
         for site in host.sites:
-            if _foldable(host.module, site, uses):
+            if _foldable(host.module, site, partners):
                 _freeze_site(host.module, site, pack, memory_format)
         if host.sites and not isinstance(host.module, ConvBNAct2d):
             install(host.module, host.traces, host.example)
     for _, module, convs in list(hosts(model)):
         for name in convs:
             conv = module.get_submodule(name)
-            if isinstance(conv, nn.Conv2d) and conv_refusal(conv) is None and uses[id(conv)] == 0:
+            if isinstance(conv, nn.Conv2d) and conv_refusal(conv) is None and id(conv) not in partners:
                 _freeze_conv(module, name, None, IDENTITY, (), pack, memory_format)
 
 
@@ -47,10 +48,29 @@ def own_tensors(model: nn.Module, foreign: set[int]) -> None:
                     tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
 
 
-def _foldable(host: nn.Module, site: Site, uses: Counter[int]) -> bool:
+def _partners(found: list[HostPlan]) -> dict[int, set[tuple[Any, ...]]]:
+    """By convolution and by batch norm of a unit, what each is called together with; ``()`` for calls by itself."""
+    partners: dict[int, set[tuple[Any, ...]]] = defaultdict(set)
+    for host in found:
+        for site in host.sites:
+            conv, bn = host.module.get_submodule(site.conv), site.bn and host.module.get_submodule(site.bn)
+            unit = (id(conv), id(bn) if bn else None, site.activation.name, site.activation.negative_slope)
+            partners[id(conv)].add(unit)
+            if bn:
+                partners[id(bn)].add(unit)
+    for host in found:
+        for name in (*host.refusals, *(host.unproven if host.traces and host.traces[False] is None else ())):
+            if id(conv := host.module.get_submodule(name)) in partners:
+                partners[id(conv)].add(())
+    return dict(partners)
+
+
+def _foldable(host: nn.Module, site: Site, partners: dict[int, set[tuple[Any, ...]]]) -> bool:
     """Whether batch norm has statistics to fold, and neither module is part of another unit too."""
-    bn = host.get_submodule(site.bn) if site.bn else None
-    alone = all(uses[id(host.get_submodule(n))] == 1 for n in (site.conv, site.bn) if n)
+    conv, bn = host.get_submodule(site.conv), host.get_submodule(site.bn) if site.bn else None
+    if isinstance(conv, FrozenUnit):
+        return False
+    alone = all(len(partners[id(m)]) == 1 for m in (conv, bn) if m is not None)
     return alone and (not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is not None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -151,14 +151,14 @@ def uninstall(module: nn.Module) -> None:
 
 
 def trace_both(
-    module: nn.Module, example: dict[str, Any] | None = None
+    module: nn.Module, convs: Sequence[str] = (), example: dict[str, Any] | None = None
 ) -> tuple[dict[bool, Trace | None], Untraceable | None]:
     """A host's traces by training mode, and the reason where a mode has none (evaluation's first)."""
     traces: dict[bool, Trace | None] = {False: None, True: None}
     failure: Untraceable | None = None
     for training in traces:
         try:
-            traces[training] = trace_host(module, training, example)
+            traces[training] = trace_host(module, convs, training, example)
         except Untraceable as error:
             failure = failure or error
     return traces, failure
@@ -176,7 +176,7 @@ def _restore(cls: type[nn.Module], frozen: bool) -> nn.Module:
 
 def _refresh(module: nn.Module) -> None:
     """Trace a converted host again, after its state was set or a plain attribute of it changed."""
-    traces, failure = trace_both(module, module.__dict__.get(_EXAMPLE))
+    traces, failure = trace_both(module, example=module.__dict__.get(_EXAMPLE))
     module.__dict__[_TRACES] = traces
     if traces[False] is None and failure is not None:
         _warn_once(f"{own_class(module).__name__} can no longer be converted and runs unfused: {failure}")

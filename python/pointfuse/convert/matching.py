@@ -9,10 +9,13 @@ where example inputs are given, and checked again on every call.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -40,6 +43,7 @@ _FUNCTIONAL_ACTIVATIONS: dict[Any, str] = {
 _IN_PLACE_ACTIVATIONS = (F.leaky_relu_, F.relu_, torch.relu_, "relu_")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+_SWITCHES = ((torch._C, "_set_grad_enabled"), (torch._C, "_InferenceMode"), (torch, "set_autocast_enabled"))
 # What a branch may look at to be a guard: metadata of the host's inputs and arithmetic on it.
 _METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 _METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
@@ -63,8 +67,9 @@ class Site:
 class Trace:
     """A host's forward with its units fused, for one training mode.
 
-    ``parameters`` are the arguments it takes with their types; ``guards`` maps them to the branch decisions, which must
-    come out as ``expected`` for the trace to hold.
+    ``refusals`` gives the reason for each call of a convolution that is no unit; ``uncalled`` names the host's
+    convolutions that its forward does not call. ``parameters`` are the arguments it takes with their types; ``guards``
+    maps them to the branch decisions, which must come out as ``expected`` for the trace to hold.
     """
 
     forward: Callable[..., Any]
@@ -74,6 +79,7 @@ class Trace:
     expected: tuple[bool, ...]
     sites: tuple[Site, ...]
     refusals: dict[str, str]
+    uncalled: tuple[str, ...]
 
 
 class Untraceable(Exception):
@@ -94,7 +100,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
     """Every module whose forward may call convolutions: its name, itself, and its convolutions' relative names."""
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in seen or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if id(module) in seen or _has_no_forward(module):
             continue
         seen.add(id(module))
         convs = [relative for relative, child in _own_children(module) if isinstance(child, nn.Conv2d | FrozenUnit)]
@@ -102,11 +108,16 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
             yield name, module, convs
 
 
+def _has_no_forward(module: nn.Module) -> bool:
+    """Lists, dicts, and modules that only hold others."""
+    return original_forward(module) is nn.Module.forward
+
+
 def _own_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Children a module's own forward calls: direct ones, and those in lists and dicts, which have no forward."""
+    """Children a module's own forward calls: direct ones, and those of children that have no forward themselves."""
     for name, child in module.named_children():
         yield prefix + name, child
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if _has_no_forward(child):
             yield from _own_children(child, f"{prefix}{name}.")
 
 
@@ -122,7 +133,10 @@ class Run:
 
 def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
     """The unit that starts at one place of a sequence of modules, or ``None``."""
-    conv, following = modules[start], modules[start + 1 : start + 3]
+    conv = modules[start]
+    if not isinstance(conv, nn.Conv2d | FrozenUnit):
+        return None
+    following = modules[start + 1 : start + 3]
     if isinstance(conv, FrozenUnit):
         folded = len(conv.absorbed)
         if not all(isinstance(m, Folded) for m in following[:folded]) or len(following) < folded:
@@ -157,7 +171,8 @@ def run_sequence(modules: Sequence[nn.Module], x: Any) -> Any:
 
 def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """The units of a sequential host and, for its other convolutions, the reason."""
-    names, modules = list(host._modules), list(host.children())
+    children = {name: child for name, child in host._modules.items() if child is not None}
+    names, modules = list(children), list(children.values())
     sites, refusals, i = [], {}, 0
     while i < len(modules):
         run = run_at(modules, i)
@@ -182,8 +197,11 @@ def _what_follows(following: Sequence[nn.Module]) -> str:
     return f"{type(following[0]).__name__} follows, which is neither batch norm nor a known activation"
 
 
-def trace_host(host: nn.Module, training: bool, example: dict[str, Any] | None = None) -> Trace:
-    """A host's forward in one training mode, with its units fused. Raises :class:`Untraceable` with the reason."""
+def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: dict[str, Any] | None = None) -> Trace:
+    """A host's forward in one training mode, with its units fused. Raises :class:`Untraceable` with the reason.
+
+    ``convs`` names the convolutions that are the host's to account for.
+    """
     if "forward" in host.__dict__:
         raise Untraceable("its forward was replaced on the instance")
     modes = [(m, m.training) for m in host.modules()]
@@ -195,13 +213,16 @@ def trace_host(host: nn.Module, training: bool, example: dict[str, Any] | None =
     finally:
         for m, mode in modes:
             m.__dict__["training"] = mode
-    sites, refusals = _Fuser(graph, dict(host.named_modules(remove_duplicate=False))).run()
+    sites, refusals, uncalled = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(compile(code.src, f"<pointfuse trace of {type(host).__name__}>", "exec"), namespace)
+    try:
+        exec(compile(code.src, f"<pointfuse trace of {type(host).__name__}>", "exec"), namespace)
+    except SyntaxError as error:
+        raise Untraceable(f"torch.fx cannot write its forward down: {error}") from error
     guards = _compile_guards(tracer)
     expected = tuple(decision for _, decision in tracer.branches)
-    return Trace(namespace["forward"], code.src, tracer.kinds, guards, expected, tuple(sites), refusals)
+    return Trace(namespace["forward"], code.src, tracer.kinds, guards, expected, tuple(sites), refusals, uncalled)
 
 
 class _Proxy(fx.Proxy):
@@ -226,7 +247,7 @@ class _Tracer(fx.Tracer):
     example, and every parameter without a default value is taken for a tensor."""
 
     def __init__(self, host: nn.Module, example: dict[str, Any] | None) -> None:
-        super().__init__(autowrap_modules=(math,), param_shapes_constant=True)
+        super().__init__(autowrap_modules=(math,))
         self.proxy_buffer_attributes = True
         self.host = host
         self.example = example
@@ -238,19 +259,20 @@ class _Tracer(fx.Tracer):
             raise Untraceable("its forward takes *args, **kwargs or keyword-only arguments")
         names = [n for n, p in signature.items() if p.default is p.empty] if example is None else list(example)
         self.kinds = {n: Tensor if example is None else type(example[n]) for n in names}
-        self.defaults = {n: p.default for n, p in signature.items() if n not in names}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # Arguments that the trace does not take keep their default values, whatever these are.
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.kinds]
+
+        def call(host: nn.Module, *tensors: fx.Proxy) -> Any:
+            return root_fn(host, **dict(zip(self.kinds, tensors, strict=True)))
+
+        return call, [self.root, *proxies]
 
     def trace_or_refuse(self) -> fx.Graph:
-        set_attribute = nn.Module.__setattr__
-
-        def watched(module: nn.Module, name: str, value: Any) -> None:
-            if module is self.host:
-                raise Untraceable(f"its forward assigns self.{name}")
-            set_attribute(module, name, value)
-
         try:
-            with mock.patch.object(nn.Module, "__setattr__", watched), _NoTensorWork():
-                return self.trace(self.host, concrete_args=self.defaults or None)
+            with _only_data_flow(self.host):
+                return self.trace(self.host)
         except Untraceable:
             raise
         except Exception as error:  # whatever a model's own Python raises at a proxy
@@ -303,6 +325,56 @@ class _NoTensorWork(TorchDispatchMode):
         raise Untraceable(f"its forward computes {func} from constants, which a trace would freeze")
 
 
+@contextmanager
+def _only_data_flow(host: nn.Module) -> Iterator[None]:
+    """Refuse, while a forward is traced, whatever it does that its graph would not repeat; leave nothing of it behind.
+
+    That is: tensor operations on real tensors, assignments to attributes, changes of plain containers that a module
+    holds, draws from Python's random numbers, and switching gradients, inference mode or autocast.
+    """
+    modules = {id(m) for m in host.modules()}
+    set_attribute = nn.Module.__setattr__
+
+    def watched(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in modules:
+            raise Untraceable(f"its forward assigns {'self' if module is host else 'a child'}.{name}")
+        set_attribute(module, name, value)
+
+    def switched(*args: Any, **kwargs: Any) -> None:
+        raise Untraceable("its forward switches gradients, inference mode or autocast")
+
+    containers = [
+        v for m in host.modules() for k, v in vars(m).items() if k[:1] != "_" and type(v) in (list, dict, set)
+    ]
+    before, random_state = [copy.copy(c) for c in containers], random.getstate()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", watched))
+            stack.enter_context(_NoTensorWork())
+            for owner, name in _SWITCHES:
+                stack.enter_context(mock.patch.object(owner, name, switched))
+            yield
+        if random.getstate() != random_state:
+            raise Untraceable("its forward draws random numbers")
+        if any(not _same(now, then) for now, then in zip(containers, before, strict=True)):
+            raise Untraceable("its forward changes a list, dict or set that a module holds")
+    finally:
+        random.setstate(random_state)
+        for container, then in zip(containers, before, strict=True):
+            if not _same(container, then):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(then)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two plain containers hold the same objects; proxies have no usable equality."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(a[k] is b[k] for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(operator.is_, a, b))
+    return {id(e) for e in a} == {id(e) for e in b}
+
+
 def _is_metadata(node: fx.Node) -> bool:
     """Whether a node's value follows from the shapes and dtypes of the host's inputs alone."""
     if node.op == "placeholder":
@@ -345,12 +417,13 @@ def _compile_guards(tracer: _Tracer) -> Callable[..., Any] | None:
 class _Fuser:
     """Puts ``run_unit`` in the place of each unit's calls in one host's graph."""
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], convs: Sequence[str]) -> None:
         self.graph = graph
         self.modules = modules
+        self.convs = convs
 
-    def run(self) -> tuple[list[Site], dict[str, str]]:
-        """The sites and, for the other convolutions, the reason."""
+    def run(self) -> tuple[list[Site], dict[str, str], tuple[str, ...]]:
+        """The sites; for calls of a convolution that are no unit, the reason; the host's convolutions never called."""
         sites: list[Site] = []
         refusals: dict[str, str] = {}
         called: set[str] = set()
@@ -366,11 +439,9 @@ class _Fuser:
                 self._replace(*found)
                 if isinstance(conv, nn.Conv2d):
                     sites.append(found[0])
-        for name, module in self.modules.items():
-            if isinstance(module, nn.Conv2d) and "." not in name and name not in called:
-                refusals[name] = "the forward of the module that holds it does not call it"
         self.graph.lint()
-        return sites, refusals
+        uncalled = [n for n in self.convs if isinstance(self.modules[n], nn.Conv2d) and n not in called]
+        return sites, refusals, tuple(uncalled)
 
     def _match(self, conv: fx.Node) -> tuple[Site, _Chain] | str:
         """The unit that starts at a convolution's node, or why there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,18 +84,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """One host with its sites and what converting it needs."""
+    """One host with its sites and what converting it needs.
+
+    ``refusals`` are calls seen to be no unit; ``unproven`` are convolutions whose calls, if any, were not seen.
+    """
 
     name: str
     module: nn.Module
     sites: tuple[Site, ...]
     refusals: dict[str, str]
+    unproven: dict[str, str]
     traces: dict[bool, Trace | None] | None
     example: dict[str, Any] | None = None
 
 
 def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[HostPlan]:
     """The hosts of a model. Changes nothing that outlives the call."""
+    if isinstance(model, nn.Conv2d):
+        return [HostPlan("", model, (), {"": "it is the whole model, and nothing follows it"}, {}, None)]
     owners = list(hosts(model))
     traced = [m for _, m, _ in owners if not is_sequential(m) and not isinstance(m, ConvBNAct2d)]
     examples = {} if example_inputs is None or not traced else _host_inputs(model, traced, example_inputs)
@@ -104,11 +111,13 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[Host
 def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleInputs = None) -> Plan:
     """The plan of analysed hosts; with example inputs, the model is run once to see shapes."""
     shapes = {} if example_inputs is None else _conv_shapes(model, example_inputs)
-    units, skipped = [], []
-    for host in found:
-        for site in host.sites:
-            units.append(_unit(host, site, shapes))
-        skipped += [Skipped(_join(host.name, name), reason) for name, reason in host.refusals.items()]
+    # A convolution that two forwards call alike is one unit; one that is a unit elsewhere is not unproven.
+    units = list(dict.fromkeys(_unit(host, site, shapes) for host in found for site in host.sites))
+    reasons = {_join(host.name, name): reason for host in found for name, reason in host.unproven.items()}
+    for unit in units:
+        reasons.pop(unit.name, None)
+    reasons |= {_join(host.name, name): reason for host in found for name, reason in host.refusals.items()}
+    skipped = [Skipped(name, reason) for name, reason in reasons.items()]
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     units.sort(key=lambda u: order[u.name])
     skipped.sort(key=lambda s: order[s.name])
@@ -135,7 +144,7 @@ def run_quietly(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     try:
         for m, _ in modes:
             m.__dict__["training"] = False
-        with torch.no_grad():
+        with torch.no_grad(), fork_rng(model):
             return call(model, example_inputs)
     except Exception as error:
         error.add_note("raised while running the model on example_inputs")
@@ -145,28 +154,35 @@ def run_quietly(model: nn.Module, example_inputs: ExampleInputs) -> Any:
             m.__dict__["training"] = mode
 
 
+def fork_rng(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, random numbers may be drawn on the model's devices; afterwards the generators are as before."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    return torch.random.fork_rng(devices=list(devices))
+
+
 def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[str, Any] | None = None) -> HostPlan:
     if isinstance(module, ConvBNAct2d):
         return _analyse_unit(name, module)
     if is_sequential(module):
         sites, refusals = match_sequential(module)
-        return HostPlan(name, module, tuple(sites), refusals, None)
-    traces, failure = trace_both(module, example)
+        return HostPlan(name, module, tuple(sites), refusals, {}, None)
+    traces, failure = trace_both(module, convs, example)
     trace = traces[False]
     if trace is None:
-        return HostPlan(name, module, (), {c: str(failure) for c in convs}, traces, example)
-    return HostPlan(name, module, trace.sites, trace.refusals, traces, example)
+        return HostPlan(name, module, (), {}, {c: str(failure) for c in convs}, traces, example)
+    uncalled = dict.fromkeys(trace.uncalled, "the forward of the module that holds it does not call it")
+    return HostPlan(name, module, trace.sites, trace.refusals, uncalled, traces, example)
 
 
 def _analyse_unit(name: str, unit: ConvBNAct2d) -> HostPlan:
     refusal = conv_refusal(unit.conv) or (bn_refusal(unit.bn) if unit.bn is not None else None)
     activation = activation_of(unit.act)
     if isinstance(unit.conv, FrozenUnit) or refusal or activation is None:
-        return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, None)
+        return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, {}, None)
     site = Site(
         "conv", "bn" if unit.bn is not None else None, "act" if unit.act is not None else None, activation, None
     )
-    return HostPlan(name, unit, (site,), {}, None)
+    return HostPlan(name, unit, (site,), {}, {}, None)
 
 
 def _host_inputs(
@@ -224,7 +240,7 @@ def _unit(host: HostPlan, site: Site, shapes: dict[int, tuple[torch.Size, torch.
         padding=conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
-        dtype=str(conv.weight.dtype).removeprefix("torch."),
+        dtype=str(next(conv.parameters()).dtype).removeprefix("torch."),
         backend=select().__name__.rpartition(".")[2],
         input_shape=None if seen is None else tuple(seen[0]),
         output_shape=None if seen is None else tuple(seen[1]),

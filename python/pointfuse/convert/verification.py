@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pointfuse.convert.planning import ExampleInputs, call
+from pointfuse.convert.planning import ExampleInputs, call, fork_rng
 
 # Largest difference over the largest magnitude, by dtype: about a hundred roundings, and for fp32 and fp64 far below
 # what a wrong unit gives. Training mode divides by the batch's own deviation, which costs another digit.
@@ -96,8 +96,7 @@ def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool) -> 
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with fork_rng(model):
         torch.manual_seed(0)
         try:
             yield
