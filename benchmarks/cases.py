@@ -60,9 +60,9 @@ SUITES: dict[str, Callable[[Sequence[int], Variant], Iterator[PendingCase]]] = {
 
 
 def make_case(suite: str, name: str, model: nn.Module, x: Tensor, variant: Variant) -> Case:
-    """A case of `model` and `x` in the variant's dtype and on its device; may change `model`."""
+    """A case of `model` in eval mode and `x`, in the variant's dtype and on its device; may change `model`."""
     dtype = DTYPES[variant.dtype]
-    return Case(suite, name, model.to(variant.device, dtype), x.to(variant.device, dtype))
+    return Case(suite, name, model.eval().to(variant.device, dtype), x.to(variant.device, dtype))
 
 
 def _distinct_layers(head: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import pointfuse
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -27,7 +29,7 @@ from benchmarks.harness import DTYPES, Case, CaseResult, CheckedCase, Limits, de
 from benchmarks.models.yolov3 import HEADS, YOLOv3, yolov3
 from benchmarks.peers import COMPILED_FREEZING, CONVERTED, EAGER_CHANNELS_LAST, EAGER_NCHW, FROZEN, PEERS
 from benchmarks.runner import Job, run_jobs
-from benchmarks.tables import add_reasons, plain_table, timing_cells
+from benchmarks.tables import add_notes, disturbances, plain_table, reasons, timing_cells
 
 DEFAULT_OUTPUT = Path("out/demo.png")
 BASELINES = (EAGER_NCHW, EAGER_CHANNELS_LAST)
@@ -61,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     variant = Variant(batch=1, dtype=options.dtype or ("bf16" if device.type == "cuda" else "fp32"), device=device)
     network = make_case("network", f"YOLOv3 {IMAGE_SIZE}x{IMAGE_SIZE}", model, letterbox(image), variant)
-    console.print(_what_is_used(options, network))
-    console.print(_plan_in_short(model))
+    console.print(_what_is_used(options, network), markup=False)
+    console.print(_plan_in_short(model), markup=False)
     results: list[CaseResult] = []
 
     def show_differences(checked: CheckedCase) -> None:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = results[1:] + results[:1]
     console.print(_latencies(results))
     draw_chart(results, options.output)
-    console.print(f"chart: {options.output}", soft_wrap=True)
+    console.print(f"chart: {options.output}", soft_wrap=True, markup=False)
     return EXIT_OK if _pointfuse_held(results) else EXIT_WRONG
 
 
@@ -95,7 +97,7 @@ def load_photograph(path: Path | None) -> Tensor:
 
 
 def letterbox(image: Tensor, size: int = IMAGE_SIZE) -> Tensor:
-    """Fit an image [3, height, width] into a square of `size` pixels, its proportions kept, grey where it does not reach.
+    """Fit an image [3, height, width] into a square of `size` pixels, in proportion, with grey where it does not reach.
 
     Returns:
         [1, 3, size, size]
@@ -111,21 +113,28 @@ def letterbox(image: Tensor, size: int = IMAGE_SIZE) -> Tensor:
 
 
 def draw_chart(results: Sequence[CaseResult], path: Path) -> None:
-    """Write a PNG with a panel for each case and in it a bar for each contender: the median, with a 20 to 80% whisker."""
-    figure = Figure(figsize=(3.4 * len(results), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, case in zip(panels, results, strict=True):
-        timed = [(result.contender, result.ms) for result in case.results if result.ms is not None]
-        names, medians = [name for name, _ in timed], [ms.p50 for _, ms in timed]
-        whiskers = [[ms.p50 - ms.p20 for _, ms in timed], [ms.p80 - ms.p50 for _, ms in timed]]
-        colours = ["tab:blue" if name.startswith("pointfuse") else "silver" for name in names]
-        bars = axes.bar(range(len(timed)), medians, yerr=whiskers, color=colours, capsize=3)
-        axes.bar_label(bars, fmt="%.3g", padding=3)
-        axes.set_xticks(range(len(timed)), [name.replace(" ", "\n") for name in names], fontsize=7)
-        axes.set_title(case.name)
-        axes.margins(y=0.15)
-    panels[0].set_ylabel("milliseconds, median and 20 to 80%")
+    """Write a PNG with a panel for each case: a bar for each contender's median, a whisker from 20 to 80%."""
+    rows = math.ceil(len(results) / 2)
+    figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, case in zip(panels, results, strict=False):
+        _draw_panel(axes, case)
+    for axes in panels[len(results) :]:
+        axes.set_axis_off()
+    figure.supxlabel("milliseconds: median, whisker from 20 to 80%; shorter is faster", fontsize=9)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_panel(axes: Axes, case: CaseResult) -> None:
+    timed = [(result.contender, result.ms) for result in case.results if result.ms is not None]
+    names, medians = [name for name, _ in timed], [ms.p50 for _, ms in timed]
+    whiskers = [[ms.p50 - ms.p20 for _, ms in timed], [ms.p80 - ms.p50 for _, ms in timed]]
+    colours = ["tab:blue" if name.startswith("pointfuse") else "silver" for name in names]
+    bars = axes.barh(names, medians, xerr=whiskers, color=colours, capsize=3)
+    axes.bar_label(bars, fmt="%.3g", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title(f"{case.name}, {case.dtype}", fontsize=10)
 
 
 def _what_is_used(options: argparse.Namespace, network: Case) -> str:
@@ -141,13 +150,15 @@ def _what_is_used(options: argparse.Namespace, network: Case) -> str:
 
 def _plan_in_short(model: nn.Module) -> str:
     plan = pointfuse.plan(model)
-    lines = [f"plan: {len(plan.units)} units fused, {len(plan.skipped)} skipped"]
-    reasons = Counter(skipped.reason for skipped in plan.skipped)
-    return "\n".join([*lines, *(f"  {count} skipped: {reason}" for reason, count in reasons.most_common())]) + "\n"
+    kernels = Counter("x".join(map(str, unit.kernel_size)) for unit in plan.units)
+    fused = ", ".join(f"{count} of {kernel}" for kernel, count in sorted(kernels.items()))
+    skipped_for = Counter(skipped.reason for skipped in plan.skipped)
+    lines = [f"plan: {len(plan.units)} units fused ({fused}), {len(plan.skipped)} convolutions skipped"]
+    return "\n".join([*lines, *(f"  {count} skipped: {reason}" for reason, count in skipped_for.most_common())]) + "\n"
 
 
 def _jobs(network: Case, model: YOLOv3, quick: bool) -> list[Job]:
-    """The network first, since its check is the first thing to show, then each head's stack on what reaches it there."""
+    """The network first, since its check is shown first, then each head's stack on what reaches it there."""
     contenders = tuple(PEERS[name] for name in CONTENDERS)
     jobs = [Job(_ready(network), contenders, QUICK_LIMITS if quick else NETWORK_LIMITS)]
     stacks = (model.last_layer0, model.last_layer1, model.last_layer2)
@@ -176,12 +187,12 @@ def _inputs_of(stacks: Sequence[nn.Sequential], network: Case) -> list[Tensor]:
 
 
 def _differences(checked: CheckedCase) -> Table:
-    title = "Largest difference from float64, relative to the largest value, on this image"
-    table = plain_table(title, "model", *(f"{head}x{head}" for head in HEADS), "allowed")
+    heads = [f"{head}x{head}" for head in HEADS]
+    table = plain_table("Largest relative difference from float64", "model", *heads, "allowed")
     for verdict in checked.verdicts:
         figures = (*verdict.errors, verdict.tolerance) if verdict.tolerance is not None else ()
         table.add_row(verdict.contender, *(f"{figure:.1e}" for figure in figures))
-    add_reasons(table, checked.verdicts)
+    add_notes(table, reasons(checked.verdicts))
     return table
 
 
@@ -192,7 +203,7 @@ def _latencies(cases: Sequence[CaseResult]) -> Table:
         table.add_row(f"[bold]{case.name}[/]")
         for result in case.results:
             table.add_row(*timing_cells(result, BASELINES))
-    add_reasons(table, [result for case in cases for result in case.results])
+    add_notes(table, [*reasons([result for case in cases for result in case.results]), *disturbances(cases)])
     return table
 
 

@@ -133,7 +133,15 @@ class Result:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The results of one case, in the contenders' order; `complete` is false where Ctrl-C cut the timing short."""
+    """The results of one case.
+
+    Attributes:
+        results: in the contenders' order.
+        complete: false where Ctrl-C cut the timing short.
+        disturbance: CPU time that other processes took during the timing, as a share of all cores' time; None where
+            the system does not tell. More than a few percent and the figures are of a shared machine: OpenMP's
+            threads wait for the one that lost its core.
+    """
 
     suite: str
     name: str
@@ -142,6 +150,7 @@ class CaseResult:
     input_shape: tuple[int, ...]
     results: tuple[Result, ...]
     complete: bool
+    disturbance: float | None = None
 
 
 class Timer(Protocol):
@@ -247,10 +256,12 @@ def time_case(
         baselines: names of contenders that ratios are computed against.
         on_progress: called with the fraction done after each round.
     """
+    before = _cpu_times()
     samples, complete = _time_rounds(checked.prepared, limits, timer, on_progress)
+    disturbance = _disturbance(before, _cpu_times())
     case, shape = checked.case, tuple(checked.case.x.shape)
     results = _with_speedups([_timed(verdict, samples) for verdict in checked.verdicts], baselines)
-    return CaseResult(case.suite, case.name, shape[0], case.dtype, shape, results, complete)
+    return CaseResult(case.suite, case.name, shape[0], case.dtype, shape, results, complete, disturbance)
 
 
 def normalised_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, ...]:
@@ -438,6 +449,34 @@ def _with_speedups(results: Sequence[Result], baselines: Sequence[str]) -> tuple
         else result
         for result in results
     )
+
+
+@dataclass(frozen=True)
+class _CpuTimes:
+    """Seconds since some start: of all cores together, of those the part they were busy, and of that our own."""
+
+    total: float
+    busy: float
+    own: float
+
+
+def _cpu_times() -> _CpuTimes | None:
+    """From Linux's /proc/stat; None elsewhere."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; guest time is part of user time.
+    ticks = [int(field) for field in first.split()[1:9]]
+    second = os.sysconf("SC_CLK_TCK")
+    return _CpuTimes(sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, time.process_time())
+
+
+def _disturbance(before: _CpuTimes | None, after: _CpuTimes | None) -> float | None:
+    if before is None or after is None or after.total <= before.total:
+        return None
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return max(0.0, others) / (after.total - before.total)
 
 
 def _outputs(output: Output) -> tuple[Tensor, ...]:

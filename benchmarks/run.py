@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{device_name(options.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     complete = run_jobs(_jobs(options), BASELINES, options.device, console, keep)
     write_json(path, report(done, options.device, settings, complete))
-    console.print(f"{'saved' if complete else 'interrupted; what was measured is in'} {path}", soft_wrap=True)
+    outcome = "saved" if complete else "interrupted; what was measured is in"
+    console.print(f"{outcome} {path}", soft_wrap=True, markup=False)
     if not complete:
         return EXIT_INTERRUPTED
     wrong = any(result.status == "wrong" for case in done for result in case.results)

@@ -43,16 +43,16 @@ def run_jobs(
     timer = timer_for(device)
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(jobs))
+
+        def half_from(start: float) -> Callable[[float], None]:
+            return lambda part: progress.update(task, completed=start + part / 2)
+
         try:
             for index, job in enumerate(jobs):
                 progress.update(task, description=job.pending.title)
-
-                def advance(part: float, index: int = index) -> None:
-                    progress.update(task, completed=index + part)
-
-                checked = check_case(job.pending.build(), job.contenders, lambda part, go=advance: go(part / 2))
+                checked = check_case(job.pending.build(), job.contenders, half_from(index))
                 on_checked(checked)
-                result = time_case(checked, baselines, job.limits, timer, lambda part, go=advance: go(0.5 + part / 2))
+                result = time_case(checked, baselines, job.limits, timer, half_from(index + 0.5))
                 on_result(result)
                 if not result.complete:
                     return False

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from benchmarks.harness import CaseResult, Result
 
+# Above what the system's own upkeep takes on an idle machine.
+DISTURBED = 0.05
+
 
 def progress_bar(console: Console) -> Progress:
     return Progress(
@@ -32,7 +35,7 @@ def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
     table = plain_table(title, "contender", "20% ms", "median ms", "80% ms", *(f"x {b}" for b in baselines), "error")
     for result in case.results:
         table.add_row(*timing_cells(result, baselines), "-" if result.error is None else f"{result.error:.1e}")
-    add_reasons(table, case.results)
+    add_notes(table, [*reasons(case.results), *disturbances([case])])
     return table
 
 
@@ -46,19 +49,32 @@ def plain_table(title: str, first: str, *figures: str) -> Table:
     return table
 
 
-def add_reasons(table: Table, results: Sequence[Result]) -> None:
-    """Say below a table why a contender has no figures in it."""
-    reasons = [f"{result.contender}: {result.status}, {result.reason}" for result in results if result.reason]
-    if reasons:
-        table.caption = escape("\n".join(reasons))
+def add_notes(table: Table, notes: Sequence[str]) -> None:
+    """Lines below a table, each of them once."""
+    if notes:
+        table.caption = escape("\n".join(dict.fromkeys(notes)))
         table.caption_justify = "left"
+
+
+def reasons(results: Sequence[Result]) -> list[str]:
+    """Why contenders have no figures."""
+    return [f"{result.contender}: {result.status}, {result.reason}" for result in results if result.reason]
+
+
+def disturbances(cases: Sequence[CaseResult]) -> list[str]:
+    """A warning for each case in which other processes ran beside the timing."""
+    return [
+        f"{case.name}: other processes took {case.disturbance:.0%} of the CPU; the figures are not reliable"
+        for case in cases
+        if case.disturbance is not None and case.disturbance > DISTURBED
+    ]
 
 
 def timing_cells(result: Result, baselines: Sequence[str]) -> list[str]:
     """A contender's name, its three quantiles in milliseconds, and how many times as fast as each baseline it is."""
     if result.ms is None:
         return [result.contender, result.status, *["-"] * (2 + len(baselines))]
-    quantiles = [f"{ms:.2f}" for ms in (result.ms.p20, result.ms.p50, result.ms.p80)]
+    quantiles = [f"{ms:.{2 if ms < 1000 else 0}f}" for ms in (result.ms.p20, result.ms.p50, result.ms.p80)]
     return [
         result.contender,
         *quantiles,
