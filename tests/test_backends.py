@@ -30,9 +30,12 @@ def test_a_usable_backend_can_be_chosen_and_the_choice_ends(name: str) -> None:
 
 
 def test_an_unknown_backend_raises() -> None:
-    with pytest.raises(
-        ValueError, match="use_backend\\('cudnn'\\): no such backend; the names are auto, cuda, triton, aten"
-    ), pointfuse.use_backend("cudnn"):
+    with (
+        pytest.raises(
+            ValueError, match="use_backend\\('cudnn'\\): no such backend; the names are auto, cuda, triton, aten"
+        ),
+        pointfuse.use_backend("cudnn"),
+    ):
         pass
 
 

@@ -36,7 +36,7 @@ from models_for_tests import (
     unit,
 )
 from models_for_tests import one_thread as one_thread
-from pointfuse.modules import FrozenUnit
+from pointfuse.folded import FoldedConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -69,7 +69,7 @@ def wide_images(batch: int = 2, plane: int = 24, **options: Any) -> Tensor:
 
 
 def is_packed(model: nn.Module) -> list[bool]:
-    return [m._packed is not None for m in model.modules() if isinstance(m, FrozenUnit)]
+    return [m._packed is not None for m in model.modules() if isinstance(m, FoldedConv2d)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -281,7 +281,7 @@ def test_a_model_with_a_frozen_part_is_frozen_whole() -> None:
     part = trained(nn.Sequential(*unit())).eval()
     model = nn.Sequential(pointfuse.freeze(part), trained(nn.Sequential(*unit()))).eval()
     frozen = pointfuse.freeze(model)
-    assert sum(isinstance(m, FrozenUnit) for m in frozen.modules()) == 2
+    assert sum(isinstance(m, FoldedConv2d) for m in frozen.modules()) == 2
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
@@ -507,7 +507,7 @@ def test_freezing_needs_less_than_one_and_a_half_models(inplace: bool, example: 
     with StorageMeter() as meter:
         frozen = pointfuse.freeze(model, example, inplace=inplace)
     assert meter.peak < 1.5 * whole
-    assert isinstance(frozen[0][0], FrozenUnit)
+    assert isinstance(frozen[0][0], FoldedConv2d)
 
 
 def test_freezing_in_place_releases_each_weight_as_it_is_folded() -> None:

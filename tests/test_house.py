@@ -14,7 +14,19 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "python" / "pointfuse"
 # Every module may import from those before it, and from its own package.
-ORDER = ["_version", "problem", "reference", "backends", "ops", "functional", "modules", "convert", "doctor", "cli"]
+ORDER = [
+    "_version",
+    "problem",
+    "reference",
+    "backends",
+    "ops",
+    "functional",
+    "folded",
+    "modules",
+    "convert",
+    "doctor",
+    "cli",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from pointfuse import ConvBNAct2d
-from pointfuse.modules import Folded, FrozenUnit
-from pointfuse.problem import ACTIVATIONS, Activation, Geometry
+from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
+from pointfuse.problem import ACTIVATIONS, Activation
 from torch import Tensor, nn
 from yardstick import assert_as_accurate
 
@@ -244,53 +244,52 @@ def test_compile_makes_one_graph(training: bool) -> None:
         torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)
 
 
-def frozen(absorbed: tuple[str, ...] = (), **options: Any) -> FrozenUnit:
-    return FrozenUnit(
-        torch.randn(16, 32, 1, 1), torch.randn(16), Activation("leaky_relu", 0.1), Geometry(), absorbed, **options
-    )
+def folded(has_bn: bool = False, **options: Any) -> FoldedConv2d:
+    return FoldedConv2d(nn.Conv2d(32, 16, 1), torch.randn(16, 32, 1, 1), torch.randn(16), has_bn, **options)
 
 
-def test_a_frozen_unit_packs_at_its_first_call_and_says_so() -> None:
-    unit = frozen()
-    assert "packed=False" in repr(unit)
-    dense = unit.dense_weight().clone()
+def quietly(f: Any, *args: Any) -> Tensor:
     with torch.no_grad():
-        y = unit(torch.randn(2, 32, 30, 30))
-    assert "packed=True" in repr(unit)
-    assert "32, 16, kernel_size=(1, 1)" in repr(unit)
-    assert torch.equal(unit.dense_weight(), dense)
+        return f(*args)
+
+
+def test_a_folded_convolution_packs_at_its_first_call_and_says_so() -> None:
+    conv = folded()
+    assert "packed=False" in repr(conv)
+    dense = conv.dense_weight().clone()
+    y = quietly(conv, torch.randn(2, 32, 30, 30))
+    assert "packed=True" in repr(conv)
+    assert "32, 16, kernel_size=(1, 1)" in repr(conv)
+    assert torch.equal(conv.dense_weight(), dense)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_absorbed_parts_refuse_to_be_called_alone() -> None:
-    with pytest.raises(RuntimeError, match="frozen together with BatchNorm2d and relu"):
-        frozen(("BatchNorm2d", "relu"))(torch.randn(1, 32, 4, 4))
-    with pytest.raises(RuntimeError, match="this BatchNorm2d was folded into the convolution before it"):
-        Folded("BatchNorm2d")(torch.randn(1, 32, 4, 4))
-    assert repr(Folded("BatchNorm2d")) == "Folded(BatchNorm2d)"
+def test_its_weight_can_be_read_only_where_nothing_is_folded_in() -> None:
+    conv = folded()
+    assert torch.equal(conv.weight, conv.dense_weight())
+    assert torch.equal(conv.bias, conv.folded_bias)
+    for name in ("weight", "bias"):
+        with pytest.raises(RuntimeError, match="folded together with its batch norm"):
+            getattr(folded(has_bn=True), name)
+    assert FoldedBatchNorm2d()(1) == 1
 
 
-def test_a_frozen_unit_loads_a_state_dict_of_its_own() -> None:
-    first, second, x = frozen(), frozen(), torch.randn(2, 32, 30, 30)
-    with torch.no_grad():
-        y = first(x)
-        second(x)
-        second.load_state_dict(first.state_dict())
-        assert torch.equal(second(x), y)
+def test_a_folded_convolution_loads_a_state_dict_of_its_own() -> None:
+    first, second, x = folded(), folded(), torch.randn(2, 32, 30, 30)
+    y = quietly(first, x)
+    quietly(second, x)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(quietly(second, x), y)
 
 
-def run_all(f: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return f(x)
-
-
-def test_a_frozen_unit_answers_inputs_it_is_not_packed_for() -> None:
-    unit, x = frozen(), torch.randn(2, 32, 30, 30)
-    run_all(unit, x)
-    weight, bias = unit.dense_weight(), unit.bias
+def test_a_folded_convolution_answers_inputs_it_is_not_packed_for() -> None:
+    conv, x = folded(), torch.randn(2, 32, 30, 30)
+    quietly(conv, x)
+    weight, bias = conv.dense_weight(), conv.folded_bias
     for other in (torch.randn(5, 32, 7, 9), torch.randn(32, 8, 8), torch.randn(0, 32, 4, 4)):
         expected = nn.functional.leaky_relu(nn.functional.conv2d(other, weight, bias), 0.1)
-        torch.testing.assert_close(run_all(unit, other), expected, rtol=1e-4, atol=1e-4)
+        actual = quietly(conv.run, other, Activation("leaky_relu", 0.1))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for wrong in (torch.randn(2, 31, 30, 30), torch.randn(2, 32, 30, 30).double()):
         with pytest.raises(RuntimeError):
-            run_all(unit, wrong)
+            quietly(conv, wrong)

@@ -1,4 +1,4 @@
-"""The unit as modules: ``ConvBNAct2d``, its frozen form, and ``run_unit``, by which every converted model runs."""
+"""The unit as a module, and ``run_unit``, by which every converted model runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pointfuse.backends import aten, select
+from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry, check_activation, check_residual_order
 
 _ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
@@ -111,149 +112,6 @@ class ConvBNAct2d(nn.Module):
         return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
 
 
-class FrozenUnit(nn.Module):
-    """A convolution with batch norm folded in and its activation fused, for inference alone; made by ``freeze``.
-
-    It stands at the convolution's path. On the CPU the weight is packed for oneDNN at the first call, for that call's
-    input shape, and the plain weight is dropped; ``state_dict``, ``deepcopy``, pickling and ``.to()`` see it plain.
-
-    ``absorbed`` names the modules that are folded in. A unit that absorbed any is called by its host's forward, through
-    :meth:`run`; called as a module it raises, since the caller expects the convolution alone.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: Activation,
-        geometry: Geometry,
-        absorbed: tuple[str, ...],
-        packable: bool = True,
-        memory_format: torch.memory_format = torch.channels_last,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.contiguous(memory_format=memory_format))
-        self.register_buffer("bias", bias)
-        self.activation = activation
-        self.geometry = geometry
-        self.absorbed = absorbed
-        self.packable = packable
-        self.memory_format = memory_format
-        self._packed: Tensor | None = None
-        self._epilogue = aten.onednn_epilogue(activation)
-        self.training = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.absorbed:
-            raise RuntimeError(
-                f"this convolution was frozen together with {' and '.join(self.absorbed)}, and only the forward it was "
-                "found in may call it; leave it out of freeze, or freeze without calling its parts one by one"
-            )
-        return self.run(x)
-
-    def run(self, x: Tensor, residual: Tensor | None = None, residual_order: str = "add_act") -> Tensor:
-        """The unit's output, in the frozen memory format. Raises ``RuntimeError`` where a gradient is asked for."""
-        if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-            raise RuntimeError(
-                "a frozen unit has no gradient: call it under torch.no_grad(), or use pointfuse.convert to train"
-            )
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.run(x, residual, residual_order)
-        packed = self._packed_for(x)
-        if packed is None:
-            if x.dim() == 4:
-                x = x.contiguous(memory_format=self.memory_format)
-            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-            z = aten.conv(x, self.dense_weight(), bias, self.geometry)
-            return aten.finish(z, self.activation, residual, residual_order, owned=True)
-        if residual is None and self._epilogue is not None:
-            return aten.onednn_conv(x, packed, self.bias, self._epilogue, self.geometry)
-        fused = self._epilogue if residual_order == "act_add" else None
-        z = aten.onednn_conv(x, packed, self.bias, fused or ("none", ()), self.geometry)
-        return aten.finish(z, IDENTITY if fused else self.activation, residual, residual_order, owned=True)
-
-    def dense_weight(self) -> Tensor:
-        """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
-        return self.weight if self._packed is None else self._packed.to_dense()
-
-    def train(self, mode: bool = True) -> FrozenUnit:
-        if mode:
-            raise RuntimeError(
-                "a frozen model cannot be trained: its batch norms are folded into its weights; train the model that "
-                "was given to freeze, or one made by pointfuse.convert"
-            )
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        c_out, c_in, *kernel = self.dense_weight().shape
-        stride, padding, dilation, groups = self.geometry
-        return (
-            f"{c_in * groups}, {c_out}, kernel_size={tuple(kernel)}, stride={stride}, padding={padding}, "
-            f"dilation={dilation}, groups={groups}, activation={self.activation.name!r}, "
-            f"packed={self._packed is not None}"
-        )
-
-    def _packed_for(self, x: Tensor) -> Tensor | None:
-        if not self.packable or not aten.onednn_accepts(x):
-            return None
-        if self._packed is None:
-            weight, geometry = self.weight, self.geometry
-            fits = x.dtype == weight.dtype and x.shape[1] == weight.shape[1] * geometry.groups
-            if not fits or not geometry.well_formed or not aten.onednn_takes_dtype(x.dtype):
-                return None
-            packed = aten.pack(weight, geometry, x.shape)
-            if packed is None:
-                return None
-            del self._buffers["weight"]
-            self._packed = packed
-        return self._packed if self._packed.dtype == x.dtype else None
-
-    def _unpack(self) -> None:
-        if self._packed is not None:
-            self._buffers["weight"] = self.dense_weight().contiguous(memory_format=self.memory_format)
-            self._packed = None
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FrozenUnit:
-        self._unpack()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.dense_weight()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_buffers"] = {"weight": self.dense_weight(), "bias": self.bias}
-        state["_packed"] = None
-        return state
-
-
-class Folded(nn.Module):
-    """Holds the place of a module that ``freeze`` folded into the convolution before it; it is never to be called."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.training = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError(
-            f"this {self.kind} was folded into the convolution before it by freeze, and cannot be called by itself"
-        )
-
-    def extra_repr(self) -> str:
-        return self.kind
-
-
 def run_unit(
     x: Tensor,
     conv: nn.Module,
@@ -266,25 +124,31 @@ def run_unit(
     """The unit made of live modules, fused where that is the same as calling them one by one; else it calls them.
 
     ``act`` is a module, or for a functional activation its description. ``residual_inplace`` says that the model adds
-    the residual in place, whose result has the dtype of the unit's.
+    the residual in place, whose result has the dtype and shape of the unit's.
     """
-    if isinstance(conv, FrozenUnit):
-        return conv.run(x, residual, residual_order)
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.dim() == 4
-        and not torch_module._has_any_global_hook()
-        and conv_refusal(conv) is None
-        and (bn is None or (bn_refusal(bn) is None and not bn.training and bn.running_mean is not None))
-        and (residual is None or (not residual_inplace and isinstance(residual, Tensor)) or residual.dtype == x.dtype)
-        and (activation := activation_of(act)) is not None
-    ):
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-        return select().conv_bn_act(
-            x, conv.weight, conv.bias, None if bn is None else _live(bn), activation, geometry, residual, residual_order
-        )
+    activation = activation_of(act) if _may_fuse(x, residual) else None
+    if activation is not None:
+        if isinstance(conv, FoldedConv2d):
+            if not has_hooks(conv) and (bn is None or (type(bn) is FoldedBatchNorm2d and not has_hooks(bn))):
+                return conv.run(x, activation, residual, residual_order, residual_inplace)
+        elif not torch.is_grad_enabled() and not torch.compiler.is_compiling() and conv_refusal(conv) is None:
+            assert isinstance(conv, nn.Conv2d)
+            geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+            rest = (activation, geometry, residual, residual_order, residual_inplace)
+            if bn is None:
+                return select().conv_bn_act(x, conv.weight, conv.bias, None, *rest)
+            if bn_refusal(bn) is None and not bn.training and bn.running_mean is not None:
+                return select().conv_bn_act(x, conv.weight, conv.bias, running_statistics(bn), *rest)
     return _compose(x, conv, bn, act, residual, residual_order, residual_inplace)
+
+
+def _may_fuse(x: Any, residual: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and (residual is None or isinstance(residual, Tensor))
+        and not torch_module._has_any_global_hook()
+    )
 
 
 def activation_of(act: nn.Module | Activation | tuple[Any, ...] | None) -> Activation | None:
@@ -342,7 +206,8 @@ def _own_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-def _live(bn: nn.Module) -> BatchNorm:
+def running_statistics(bn: nn.Module) -> BatchNorm:
+    """The operands of a batch norm in evaluation mode, as they are now."""
     assert isinstance(bn, nn.BatchNorm2d)
     return BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
 

@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry
 
 # PyTorch hands smaller inputs to its native convolution, whose call is 30 us cheaper than oneDNN's.
 _ONEDNN_MIN_INPUT = 20480
-# Folding scales every weight on every call, and pays where the output it saves a pass over is much the larger: at four
-# times and more, 1x1 units at batch 8 became 3 to 13% faster; at one time and less, units became up to 70% slower.
+# Folding scales every weight on every call, at a fixed cost of some 60 us besides. It pays where the output, over which
+# it saves a pass, is large and much larger than the weight: 1x1 units at batch 8 became 3 to 13% faster. With as many
+# weights as outputs, units became up to 70% slower, and with a quarter million outputs 6 to 11%.
+_FOLD_MIN_OUTPUTS = 1 << 20
 _FOLD_MIN_OUTPUTS_PER_WEIGHT = 4
 # Below half a million multiply-adds a packed call's fixed 35 us exceed what packing saves in fp32.
 _PACK_MIN_MACS = 1 << 19
@@ -52,6 +55,7 @@ def conv_bn_act(
     geometry: Geometry,
     residual: Tensor | None = None,
     residual_order: str = "add_act",
+    residual_inplace: bool = False,
 ) -> Tensor:
     """The unit in PyTorch's operators; ``bn=None`` leaves batch norm out.
 
@@ -62,13 +66,14 @@ def conv_bn_act(
     if owned and _onednn_takes(x, weight, bias, geometry):
         z = _onednn_fused(x, weight, bias, bn, activation if act_first else IDENTITY, geometry)
         if z is not None:
-            return finish(z, IDENTITY if act_first else activation, residual, residual_order, owned)
+            rest = IDENTITY if act_first else activation
+            return finish(z, rest, residual, residual_order, residual_inplace, owned)
     z = conv(x, weight, bias, geometry)
     if bn is not None:
         z = F.batch_norm(
             z, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_statistics, bn.momentum, bn.eps
         )
-    return finish(z, activation, residual, residual_order, owned)
+    return finish(z, activation, residual, residual_order, residual_inplace, owned)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -77,13 +82,20 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> 
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def finish(z: Tensor, activation: Activation, residual: Tensor | None, residual_order: str, owned: bool) -> Tensor:
+def finish(
+    z: Tensor, activation: Activation, residual: Tensor | None, residual_order: str, residual_inplace: bool, owned: bool
+) -> Tensor:
     """Activation and residual in the order asked for, in ``z``'s own memory where it is ``owned``."""
+
+    def add(z: Tensor, residual: Tensor) -> Tensor:
+        same = residual.shape == z.shape and residual.dtype == z.dtype and residual.device == z.device
+        return z.add_(residual) if residual_inplace or (owned and same) else z + residual
+
     if residual is not None and residual_order == "add_act":
-        z = _add(z, residual, owned)
+        z = add(z, residual)
     z = activate(z, activation, inplace=owned)
     if residual is not None and residual_order == "act_add":
-        z = _add(z, residual, owned)
+        z = add(z, residual)
     return z
 
 
@@ -123,6 +135,7 @@ def onednn_accepts(x: Tensor) -> bool:
         and x.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -166,12 +179,6 @@ def onednn_conv(
     )
 
 
-def _add(z: Tensor, residual: Tensor, owned: bool) -> Tensor:
-    if owned and residual.shape == z.shape and residual.dtype == z.dtype and residual.device == z.device:
-        return z.add_(residual)
-    return z + residual
-
-
 def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
     """Whether PyTorch itself would give the call to oneDNN, with nothing about it that could be an error."""
     return (
@@ -196,7 +203,7 @@ def _onednn_fused(
     if bn is not None:
         h_out, w_out = geometry.output_plane(x.shape, weight.shape)
         outputs = x.shape[0] * weight.shape[0] * h_out * w_out
-        if outputs < _FOLD_MIN_OUTPUTS_PER_WEIGHT * weight.numel() or not _foldable(bn, weight):
+        if outputs < max(_FOLD_MIN_OUTPUTS, _FOLD_MIN_OUTPUTS_PER_WEIGHT * weight.numel()) or not _foldable(bn, weight):
             return None
         weight, bias = fold(weight, bias, bn)
     elif activation.name == "identity":

@@ -10,10 +10,11 @@ from torch import nn
 
 from pointfuse.convert import verification
 from pointfuse.convert.freezing import freeze_hosts, own_tensors
-from pointfuse.convert.hosts import install, is_host, shared_copy, uninstall
-from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, run_quietly, summarise
+from pointfuse.convert.hosts import install, is_host, refuse_training, shared_copy, uninstall
+from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
-from pointfuse.modules import ConvBNAct2d, FrozenUnit
+from pointfuse.folded import FoldedConv2d
+from pointfuse.modules import ConvBNAct2d
 
 __all__ = ["Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
 
@@ -80,7 +81,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
     will raise ``TypeError``. Raises ``RuntimeError`` for a frozen model, whose batch norms are gone.
     """
     _check(model, "revert")
-    if any(isinstance(m, FrozenUnit) for m in model.modules()):
+    if any(isinstance(m, FoldedConv2d) for m in model.modules()):
         raise RuntimeError("a frozen model cannot be reverted: use the model that was given to pointfuse.freeze")
     model = model if inplace else _copy(model)
     for module in list(model.modules()):
@@ -107,8 +108,9 @@ def freeze(
 
     Args:
         model: a module in evaluation mode, converted or not.
-        example_inputs: as for :func:`plan`. With them the model is run once, so that weights are packed for their
-            shapes; otherwise the first call packs.
+        example_inputs: as for :func:`plan`. With them the model is run before and after, so that weights are packed for
+            their shapes, and :class:`VerificationError` is raised where the answers differ; otherwise the first call
+            packs.
         inplace: freeze ``model`` itself, releasing each original weight as it is folded. Otherwise ``model`` is left
             as it was, and shares nothing with the frozen model.
         pack: on the CPU, reorder weights into oneDNN's own layout. ``False`` keeps plain tensors, for torch.compile,
@@ -123,19 +125,19 @@ def freeze(
     _check(model, "freeze")
     if model.training:
         raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
-    if any(isinstance(m, FrozenUnit) for m in model.modules()):
-        return model
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
+    expected = None if example_inputs is None else verification.outputs(model, example_inputs)
     originals = set() if inplace else {id(t) for t in (*model.parameters(), *model.buffers())}
     model = model if inplace else _copy(model)
     found = analyse(model, example_inputs)
-    freeze_hosts(model, found, pack and memory_format == torch.channels_last, memory_format)
-    if originals:
-        own_tensors(model, originals)
-    install(model, frozen=True)
-    if example_inputs is not None:
-        run_quietly(model, example_inputs)
+    channels_last = memory_format == torch.channels_last
+    freeze_hosts(model, found, pack and channels_last, channels_last)
+    own_tensors(model, originals)
+    model.requires_grad_(False)
+    refuse_training(model)
+    if expected is not None:
+        verification.compare(expected, verification.outputs(model, example_inputs))
     return model
 
 
@@ -167,7 +169,8 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _sequential(unit: ConvBNAct2d) -> nn.Sequential:
-    children = OrderedDict((name, child) for name, child in unit.named_children())
-    sequential = nn.Sequential(children)
+    sequential = nn.Sequential(OrderedDict(unit.named_children()))
     sequential.training = unit.training
+    hooks = {name: value for name, value in vars(unit).items() if "_hooks" in name}
+    vars(sequential).update(hooks)
     return sequential

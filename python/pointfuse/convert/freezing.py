@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pointfuse.backends.aten import fold
-from pointfuse.convert.hosts import install
-from pointfuse.convert.matching import Site, hosts, is_sequential
+from pointfuse.convert.hosts import install, refuse_training
+from pointfuse.convert.matching import Site, hosts
 from pointfuse.convert.planning import HostPlan
-from pointfuse.modules import ConvBNAct2d, Folded, FrozenUnit, conv_refusal
-from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry
+from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
+from pointfuse.modules import ConvBNAct2d, conv_refusal, running_statistics
 
 
-def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, memory_format: torch.memory_format) -> None:
+def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, channels_last: bool) -> None:
     """Freeze every unit of the analysed hosts, and every other plain convolution by itself, in place.
 
     Weights are folded one at a time, and each original is released before the next is folded.
@@ -25,15 +26,18 @@ def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, memory_for
     partners = _partners(found)
     for host in found:
         for site in host.sites:
-            if _foldable(host.module, site, partners):
-                _freeze_site(host.module, site, pack, memory_format)
+            _freeze_site(host.module, site, partners, pack, channels_last)
         if host.sites and not isinstance(host.module, ConvBNAct2d):
             install(host.module, host.traces, host.example)
     for _, module, convs in list(hosts(model)):
         for name in convs:
             conv = module.get_submodule(name)
             if isinstance(conv, nn.Conv2d) and conv_refusal(conv) is None and id(conv) not in partners:
-                _freeze_conv(module, name, None, IDENTITY, (), pack, memory_format)
+                _freeze_conv(module, name, None, pack, channels_last)
+    frozen = {id(m) for m in model.modules() if isinstance(m, FoldedConv2d)}
+    for module in list(model.modules()):
+        if any(id(m) in frozen for m in module.modules()) and id(module) not in frozen:
+            refuse_training(module)
 
 
 def own_tensors(model: nn.Module, foreign: set[int]) -> None:
@@ -48,67 +52,57 @@ def own_tensors(model: nn.Module, foreign: set[int]) -> None:
                     tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
 
 
-def _partners(found: list[HostPlan]) -> dict[int, set[tuple[Any, ...]]]:
-    """By convolution and by batch norm of a unit, what each is called together with; ``()`` for calls by itself."""
-    partners: dict[int, set[tuple[Any, ...]]] = defaultdict(set)
+def _partners(found: list[HostPlan]) -> dict[int, set[Any]]:
+    """By convolution and by batch norm of a unit, what each is called together with; ``None`` for any other use.
+
+    Only one whose every use is the same pair can be folded.
+    """
+    partners: dict[int, set[Any]] = defaultdict(set)
     for host in found:
         for site in host.sites:
-            conv, bn = host.module.get_submodule(site.conv), site.bn and host.module.get_submodule(site.bn)
-            unit = (id(conv), id(bn) if bn else None, site.activation.name, site.activation.negative_slope)
-            partners[id(conv)].add(unit)
-            if bn:
-                partners[id(bn)].add(unit)
+            pair = _pair(host.module, site)
+            for module in pair:
+                if module is not None:
+                    partners[id(module)].add(tuple(map(id, pair)))
     for host in found:
-        for name in (*host.refusals, *(host.unproven if host.traces and host.traces[False] is None else ())):
-            if id(conv := host.module.get_submodule(name)) in partners:
-                partners[id(conv)].add(())
+        for module in _other_uses(host):
+            if id(module) in partners:
+                partners[id(module)].add(None)
     return dict(partners)
 
 
-def _foldable(host: nn.Module, site: Site, partners: dict[int, set[tuple[Any, ...]]]) -> bool:
-    """Whether batch norm has statistics to fold, and neither module is part of another unit too."""
-    conv, bn = host.get_submodule(site.conv), host.get_submodule(site.bn) if site.bn else None
-    if isinstance(conv, FrozenUnit):
-        return False
-    alone = all(len(partners[id(m)]) == 1 for m in (conv, bn) if m is not None)
-    return alone and (not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is not None)
+def _other_uses(host: HostPlan) -> Iterable[nn.Module]:
+    """Modules that a host uses, or may use, other than in its units."""
+    trace = host.traces and host.traces[False]
+    names = set(host.refusals) | set(trace.other_uses if trace else host.unproven)
+    return [host.module.get_submodule(name) for name in names]
 
 
-def _freeze_site(host: nn.Module, site: Site, pack: bool, memory_format: torch.memory_format) -> None:
-    bn = host.get_submodule(site.bn) if site.bn else None
-    absorbed = ["BatchNorm2d"] if bn is not None else []
-    if site.activation.name != "identity":
-        absorbed.append(site.activation.name)
-    _freeze_conv(host, site.conv, bn, site.activation, tuple(absorbed), pack, memory_format)
+def _pair(host: nn.Module, site: Site) -> tuple[nn.Module, nn.Module | None]:
+    return host.get_submodule(site.conv), host.get_submodule(site.bn) if site.bn else None
+
+
+def _freeze_site(host: nn.Module, site: Site, partners: dict[int, set[Any]], pack: bool, channels_last: bool) -> None:
+    conv, bn = _pair(host, site)
+    if any(len(partners[id(m)]) != 1 for m in (conv, bn) if m is not None and id(m) in partners):
+        return
+    if not isinstance(conv, nn.Conv2d) or (bn is not None and (bn.training or bn.running_mean is None)):
+        return
+    _freeze_conv(host, site.conv, bn, pack, channels_last)
     if site.bn:
-        _set(host, site.bn, Folded("BatchNorm2d"))
-    # A traced host may call one activation module at several places; a sequence calls each of its children once.
-    if site.act and is_sequential(host):
-        _set(host, site.act, Folded(site.activation.name))
+        _set(host, site.bn, FoldedBatchNorm2d())
 
 
-def _freeze_conv(
-    host: nn.Module,
-    name: str,
-    bn: nn.Module | None,
-    activation: Activation,
-    absorbed: tuple[str, ...],
-    pack: bool,
-    memory_format: torch.memory_format,
-) -> None:
+def _freeze_conv(host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool) -> None:
     conv = host.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     with torch.no_grad():
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
-        if isinstance(bn, nn.BatchNorm2d):
-            weight, bias = fold(
-                weight, bias, BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-            )
+        if bn is not None:
+            weight, bias = fold(weight, bias, running_statistics(bn))
         else:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-    activation = activation._replace(inplace=False)
-    _set(host, name, FrozenUnit(weight, bias, activation, geometry, absorbed, pack, memory_format))
+    _set(host, name, FoldedConv2d(conv, weight, bias, bn is not None, pack, channels_last))
 
 
 def _set(host: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,12 +12,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pointfuse.convert.matching import Trace, Untraceable, is_sequential, run_sequence, trace_host
+from pointfuse.convert.matching import Trace, Untraceable, run_sequence, trace_host
+from pointfuse.folded import NO_TRAINING
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
+_STALE = "_pointfuse_stale"
+# A forward that reads an attribute which changes on every call is not worth tracing again and again.
+_MAX_STALE = 8
 
 
 class _Host:
@@ -25,41 +30,49 @@ class _Host:
 
     _pointfuse_class: type[nn.Module]
     _pointfuse_forward: Callable[..., Any]
-    _pointfuse_frozen: bool
+    _pointfuse_kind: tuple[bool, bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the own class's: a registry of its subclasses is not to hold ours."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__()
         if isinstance(state, dict):
-            # Generated code does not travel; whether there was any does.
-            state = {k: bool(v) if k == _TRACES else v for k, v in state.items()}
-        return _restore, (self._pointfuse_class, self._pointfuse_frozen), state
+            # Generated code does not travel.
+            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE)}
+        return _restore, (self._pointfuse_class, *self._pointfuse_kind), state
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        if self.__dict__.get(_TRACES):
-            _refresh(self)  # type: ignore[arg-type]
-        elif _TRACES in self.__dict__:
-            self.__dict__[_TRACES] = {}
+        if _EXAMPLE in self.__dict__:
+            _trace_again(self)  # type: ignore[arg-type]
 
 
-class _FrozenRoot:
-    """Refuses training before any module of the model has changed its mode."""
+class _Frozen:
+    """Refuses training before any module inside has changed its mode."""
 
     def train(self, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError(
-                "a frozen model cannot be trained: its batch norms are folded into its weights; train the model that "
-                "was given to freeze, or one made by pointfuse.convert"
-            )
+            raise RuntimeError(NO_TRAINING)
         return super().train(mode)  # type: ignore[misc]
 
 
-def _sequential_forward(self: nn.Module, input: Any) -> Any:
-    return run_sequence(list(self._modules.values()), input)  # type: ignore[arg-type]
+def _sequential_forward(self: Any, input: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return self._pointfuse_forward(input)
+    return run_sequence(list(self._modules.values()), input)
 
 
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # The compiler is given the module's own forward: it fuses by itself, and its guards are its own.
+    if torch.compiler.is_compiling():
+        return self._pointfuse_forward(*args, **kwargs)
     trace = self.__dict__[_TRACES].get(self.training)
+    if trace is not None:
+        if trace.reads.unchanged():
+            self.__dict__[_STALE] = 0
+        else:
+            trace = _trace_again(self)
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
@@ -73,32 +86,37 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _inputs(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The arguments the trace takes, or ``None`` where the call is not one that it covers."""
-    names = tuple(trace.parameters)
     if kwargs:
-        missing = names[len(args) :]
+        missing = tuple(trace.parameters)[len(args) :]
         if set(missing) != set(kwargs):
             return None
         args = (*args, *(kwargs[name] for name in missing))
-    if len(args) != len(names) or not all(map(isinstance, args, trace.parameters.values())):
+    if len(args) != len(trace.parameters) or not all(map(isinstance, args, trace.parameters.values())):
         return None
-    if trace.guards is not None and trace.guards(*args) != trace.expected:
-        return None
-    return args
+    covered = all(bool(guard(None, *args)) == decision for guard, decision in trace.guards)
+    return args if covered else None
 
 
-def _traced_setattr(self: Any, name: str, value: Any) -> None:
-    self._pointfuse_class.__setattr__(self, name, value)
-    # A trace holds the plain attributes that forward read; modes, tensors and modules it reads on every call.
-    if name != "training" and not isinstance(value, Tensor | nn.Module) and self.__dict__.get(_TRACES):
-        _refresh(self)
+def _trace_again(module: nn.Module) -> Trace | None:
+    """Trace a converted host anew, after its state was set or something its forward reads has changed."""
+    stale = module.__dict__[_STALE] = module.__dict__.get(_STALE, 0) + 1
+    traces: dict[bool, Trace | None] = {}
+    failure: object = "what its forward reads changes on every call"
+    if stale <= _MAX_STALE:
+        traces, failure = trace_both(module, (), module.__dict__[_EXAMPLE])
+    module.__dict__[_TRACES] = traces
+    trace = traces.get(module.training)
+    if trace is None and not module.training:
+        _warn_once(f"{own_class(module).__name__} can no longer be converted and runs unfused: {failure}")
+    return trace
 
 
-_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool, bool], type[nn.Module]] = {}
 
 
-def host_class(cls: type[nn.Module], frozen: bool) -> type[nn.Module]:
-    """The subclass of ``cls`` that runs fused; with ``frozen`` it also refuses to train. ``cls`` is unconverted."""
-    made = _CLASSES.get((cls, frozen))
+def host_class(cls: type[nn.Module], fused: bool, frozen: bool) -> type[nn.Module]:
+    """The subclass of an unconverted class whose forward runs ``fused``, or that refuses to train, or both."""
+    made = _CLASSES.get((cls, fused, frozen))
     if made is not None:
         return made
     body: dict[str, Any] = {
@@ -107,15 +125,13 @@ def host_class(cls: type[nn.Module], frozen: bool) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         "_pointfuse_class": cls,
         "_pointfuse_forward": cls.forward,
-        "_pointfuse_frozen": frozen,
+        "_pointfuse_kind": (fused, frozen),
     }
-    if cls.forward is nn.Sequential.forward:
-        body["forward"] = functools.wraps(cls.forward)(_sequential_forward)
-    elif cls.forward is not nn.Module.forward:
-        body["forward"] = functools.wraps(cls.forward)(_traced_forward)
-        body["__setattr__"] = _traced_setattr
-    bases = (_FrozenRoot, _Host, cls) if frozen else (_Host, cls)
-    return _CLASSES.setdefault((cls, frozen), type(cls.__name__, bases, body))
+    if fused:
+        own = _sequential_forward if cls.forward is nn.Sequential.forward else _traced_forward
+        body["forward"] = functools.wraps(cls.forward)(own)
+    bases = (_Frozen, _Host, cls) if frozen else (_Host, cls)
+    return _CLASSES.setdefault((cls, fused, frozen), type(cls.__name__, bases, body))
 
 
 def is_host(module: nn.Module) -> bool:
@@ -129,29 +145,39 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def install(
-    module: nn.Module,
-    traces: dict[bool, Trace | None] | None = None,
-    example: dict[str, Any] | None = None,
-    frozen: bool = False,
+    module: nn.Module, traces: dict[bool, Trace | None] | None = None, example: dict[str, Any] | None = None
 ) -> None:
-    """Convert one module in place. Without ``traces`` a module that needs them runs its own forward."""
-    was_frozen = isinstance(module, _FrozenRoot)
-    if not is_sequential(module):
-        module.__dict__[_TRACES] = traces or module.__dict__.get(_TRACES, {})
-        if example is not None:
-            module.__dict__[_EXAMPLE] = example
-    module.__class__ = host_class(own_class(module), frozen or was_frozen)
+    """Make one module run fused, in place; ``traces`` are for one that is not sequential."""
+    if traces is not None:
+        module.__dict__[_TRACES] = traces
+        module.__dict__[_EXAMPLE] = example
+    _set_class(module, fused=True)
+
+
+def refuse_training(module: nn.Module) -> None:
+    """Make one module refuse ``train()``, in place."""
+    _set_class(module, frozen=True)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module refuses ``train()``."""
+    return isinstance(module, _Frozen)
 
 
 def uninstall(module: nn.Module) -> None:
     """Give one converted module its own class back."""
-    module.__dict__.pop(_TRACES, None)
-    module.__dict__.pop(_EXAMPLE, None)
+    for name in (_TRACES, _EXAMPLE, _STALE):
+        module.__dict__.pop(name, None)
     module.__class__ = own_class(module)
 
 
+def _set_class(module: nn.Module, fused: bool = False, frozen: bool = False) -> None:
+    was_fused, was_frozen = module._pointfuse_kind if isinstance(module, _Host) else (False, False)
+    module.__class__ = host_class(own_class(module), fused or was_fused, frozen or was_frozen)
+
+
 def trace_both(
-    module: nn.Module, convs: Sequence[str] = (), example: dict[str, Any] | None = None
+    module: nn.Module, convs: Sequence[str], example: dict[str, Any] | None
 ) -> tuple[dict[bool, Trace | None], Untraceable | None]:
     """A host's traces by training mode, and the reason where a mode has none (evaluation's first)."""
     traces: dict[bool, Trace | None] = {False: None, True: None}
@@ -165,21 +191,14 @@ def trace_both(
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure that shares its parameters and buffers."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    """A copy of the model's structure that shares its parameters, buffers and other tensors."""
+    held = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *held)})
 
 
-def _restore(cls: type[nn.Module], frozen: bool) -> nn.Module:
-    kind = host_class(cls, frozen)
+def _restore(cls: type[nn.Module], fused: bool, frozen: bool) -> nn.Module:
+    kind = host_class(cls, fused, frozen)
     return kind.__new__(kind)
-
-
-def _refresh(module: nn.Module) -> None:
-    """Trace a converted host again, after its state was set or a plain attribute of it changed."""
-    traces, failure = trace_both(module, example=module.__dict__.get(_EXAMPLE))
-    module.__dict__[_TRACES] = traces
-    if traces[False] is None and failure is not None:
-        _warn_once(f"{own_class(module).__name__} can no longer be converted and runs unfused: {failure}")
 
 
 @functools.cache

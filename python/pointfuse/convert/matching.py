@@ -10,10 +10,12 @@ where example inputs are given, and checked again on every call.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import operator
 import random
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pointfuse.modules import Folded, FrozenUnit, activation_of, bn_refusal, conv_refusal, has_hooks, run_unit
+from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
+from pointfuse.modules import activation_of, bn_refusal, conv_refusal, has_hooks, run_unit
 from pointfuse.problem import IDENTITY, Activation
 
 _FUNCTIONAL_ACTIVATIONS: dict[Any, str] = {
@@ -43,7 +46,14 @@ _FUNCTIONAL_ACTIVATIONS: dict[Any, str] = {
 _IN_PLACE_ACTIVATIONS = (F.leaky_relu_, F.relu_, torch.relu_, "relu_")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
-_SWITCHES = ((torch._C, "_set_grad_enabled"), (torch._C, "_InferenceMode"), (torch, "set_autocast_enabled"))
+_MODES = (
+    (torch._C, "_set_grad_enabled"),
+    (torch._C, "_InferenceMode"),
+    (torch, "set_autocast_enabled"),
+    (torch, "is_grad_enabled"),
+    (torch, "is_inference_mode_enabled"),
+    (torch, "is_autocast_enabled"),
+)
 # What a branch may look at to be a guard: metadata of the host's inputs and arithmetic on it.
 _METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 _METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
@@ -67,19 +77,21 @@ class Site:
 class Trace:
     """A host's forward with its units fused, for one training mode.
 
-    ``refusals`` gives the reason for each call of a convolution that is no unit; ``uncalled`` names the host's
-    convolutions that its forward does not call. ``parameters`` are the arguments it takes with their types; ``guards``
-    maps them to the branch decisions, which must come out as ``expected`` for the trace to hold.
+    ``parameters`` are the arguments it takes with their types. The trace holds while every guard, a function of the
+    arguments, gives its decision, and while ``reads`` are unchanged. ``refusals`` gives the reason for each call of a
+    convolution that is no unit; ``uncalled`` names the host's convolutions that its forward does not call, and
+    ``other_uses`` the modules that it uses outside units.
     """
 
     forward: Callable[..., Any]
     code: str
     parameters: dict[str, type]
-    guards: Callable[..., Any] | None
-    expected: tuple[bool, ...]
+    guards: tuple[tuple[Callable[..., Any], bool], ...]
+    reads: Reads
     sites: tuple[Site, ...]
     refusals: dict[str, str]
     uncalled: tuple[str, ...]
+    other_uses: tuple[str, ...]
 
 
 class Untraceable(Exception):
@@ -103,7 +115,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
         if id(module) in seen or _has_no_forward(module):
             continue
         seen.add(id(module))
-        convs = [relative for relative, child in _own_children(module) if isinstance(child, nn.Conv2d | FrozenUnit)]
+        convs = [relative for relative, child in _own_children(module) if isinstance(child, nn.Conv2d | FoldedConv2d)]
         if convs:
             yield name, module, convs
 
@@ -134,24 +146,22 @@ class Run:
 def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
     """The unit that starts at one place of a sequence of modules, or ``None``."""
     conv = modules[start]
-    if not isinstance(conv, nn.Conv2d | FrozenUnit):
+    if not isinstance(conv, nn.Conv2d | FoldedConv2d):
         return None
     following = modules[start + 1 : start + 3]
-    if isinstance(conv, FrozenUnit):
-        folded = len(conv.absorbed)
-        if not all(isinstance(m, Folded) for m in following[:folded]) or len(following) < folded:
-            raise RuntimeError(
-                f"this slice ends inside a frozen unit: its convolution is folded together with the "
-                f"{' and '.join(conv.absorbed)} behind it"
-            )
-        return Run(conv, None, None, 1 + folded)
-    if conv_refusal(conv) is not None:
+    if isinstance(conv, FoldedConv2d):
+        has_bn = conv.has_bn
+        if has_bn and not (following and isinstance(following[0], FoldedBatchNorm2d)):
+            raise RuntimeError("this slice ends inside a frozen unit, whose convolution is folded with its batch norm")
+    elif conv_refusal(conv) is not None:
         return None
-    bn = following[0] if following and bn_refusal(following[0]) is None else None
-    act = following[bn is not None] if len(following) > (bn is not None) else None
+    else:
+        has_bn = bool(following) and bn_refusal(following[0]) is None
+    bn = following[0] if has_bn else None
+    act = following[has_bn] if len(following) > has_bn else None
     if act is not None and (isinstance(act, nn.Identity) or activation_of(act) is None):
         act = None
-    length = 1 + (bn is not None) + (act is not None)
+    length = 1 + has_bn + (act is not None)
     return None if length == 1 else Run(conv, bn, act, length)
 
 
@@ -183,7 +193,7 @@ def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
             continue
         bn = names[i + 1] if run.bn is not None else None
         act = names[i + run.length - 1] if run.act is not None else None
-        if not isinstance(run.conv, FrozenUnit):
+        if isinstance(run.conv, nn.Conv2d):
             sites.append(Site(names[i], bn, act, activation_of(run.act) or IDENTITY, None))
         i += run.length
     return sites, refusals
@@ -204,25 +214,99 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
     """
     if "forward" in host.__dict__:
         raise Untraceable("its forward was replaced on the instance")
+    if "type" in _code_names(original_forward(host)):
+        raise Untraceable("its forward calls type(), which a trace cannot answer")
     modes = [(m, m.training) for m in host.modules()]
     try:
-        for m, _ in modes:
+        for m, _ in modes if host.training != training else ():
             m.__dict__["training"] = training
+        reads = Reads(host)
         tracer = _Tracer(host, example)
         graph = tracer.trace_or_refuse()
     finally:
         for m, mode in modes:
             m.__dict__["training"] = mode
-    sites, refusals, uncalled = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
+    sites, refusals, uncalled, other_uses = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
+    source, forward = _compile(graph, type(host).__name__)
+    guards = tuple(tracer.guards)
+    return Trace(forward, source, tracer.kinds, guards, reads, tuple(sites), refusals, uncalled, other_uses)
+
+
+class Reads:
+    """What a forward may read of its module other than tensors: whether it is as it was when this was made.
+
+    The children of the module and of those that only hold others; which parameters and buffers are absent; and the
+    values of plain attributes, of the module and its children, whose names occur in the code of the module's class.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        holders = [host, *(m for _, m in _own_children(host) if _has_no_forward(m))]
+        self.children = [(m._modules, _ids(m._modules)) for m in holders]
+        self.absent = [(d, _absent(d)) for d in (host._parameters, host._buffers)]
+        self.values: list[tuple[dict[str, Any], str, Any]] = []
+        self.containers: list[tuple[Any, Any]] = []
+        kind: Any = type(host)
+        names = _class_names(original_forward(host), kind)
+        for module in (host, *(m for _, m in _own_children(host))):
+            for name in names - ({"training"} if module is host else set()):
+                # An attribute that is not there may come, and be found by hasattr.
+                value = module.__dict__.get(name, _MISSING)
+                if value is None or value is _MISSING or isinstance(value, bool | int | float | str | tuple):
+                    if module is host or value is not _MISSING:
+                        self.values.append((module.__dict__, name, value))
+                elif type(value) in (list, dict, set):
+                    self.values.append((module.__dict__, name, value))
+                    self.containers.append((value, copy.copy(value)))
+
+    def unchanged(self) -> bool:
+        """Whether a trace made together with this still stands for the forward."""
+        return (
+            all(_ids(d) == ids for d, ids in self.children)
+            and all(_absent(d) == absent for d, absent in self.absent)
+            and all((now := d.get(n, _MISSING)) is then or now == then for d, n, then in self.values)
+            and all(_same(now, then) for now, then in self.containers)
+        )
+
+
+_MISSING = object()
+
+
+def _ids(modules: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(map(id, modules.values()))
+
+
+def _absent(tensors: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, tensor in tensors.items() if tensor is None)
+
+
+@functools.cache
+def _class_names(forward: Any, cls: type) -> frozenset[str]:
+    """The names in a forward's code, and in that of every method that its module's class adds to ``nn.Module``."""
+    functions = [v for k in cls.__mro__ if k not in nn.Module.__mro__ for v in vars(k).values()]
+    unwrapped = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in functions]
+    return frozenset().union(_code_names(forward), *map(_code_names, unwrapped))
+
+
+def _code_names(function: Any) -> frozenset[str]:
+    """The global and attribute names that a function's code and the functions inside it use."""
+    waiting, names = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else [], set()
+    while waiting:
+        code = waiting.pop()
+        if isinstance(code, types.CodeType):
+            names |= set(code.co_names)
+            waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(names)
+
+
+def _compile(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
+    """The source of a graph and its function, whose first argument is the module."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
     try:
-        exec(compile(code.src, f"<pointfuse trace of {type(host).__name__}>", "exec"), namespace)
+        exec(compile(code.src, f"<pointfuse trace of {name}>", "exec"), namespace)
     except SyntaxError as error:
         raise Untraceable(f"torch.fx cannot write its forward down: {error}") from error
-    guards = _compile_guards(tracer)
-    expected = tuple(decision for _, decision in tracer.branches)
-    return Trace(namespace["forward"], code.src, tracer.kinds, guards, expected, tuple(sites), refusals, uncalled)
+    return code.src, namespace["forward"]
 
 
 class _Proxy(fx.Proxy):
@@ -242,6 +326,19 @@ class _Proxy(fx.Proxy):
         return self.kind
 
 
+def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+# torch.fx records `y += x` as `y = y + x`, which writes to another tensor.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+              "ilshift", "irshift"):  # fmt: skip
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Traces one host. ``example`` maps the names of its parameters to inputs without data; by default it has no
     example, and every parameter without a default value is taken for a tensor."""
@@ -251,7 +348,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.host = host
         self.example = example
-        self.branches: list[tuple[fx.Node, bool]] = []
+        self.guards: list[tuple[Callable[..., Any], bool]] = []
         # A converted host is traced again by its original forward.
         self.traced_func_name = "_pointfuse_forward" if hasattr(host, "_pointfuse_forward") else "forward"
         signature = inspect.signature(getattr(host, self.traced_func_name)).parameters
@@ -299,13 +396,15 @@ class _Tracer(fx.Tracer):
             known = type(module).__module__.startswith("torch.nn.modules.")
             known = known and not isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
             return _Proxy(node, self, Tensor if known else None)
-        return fx.Proxy(node, self)
+        return _Proxy(node, self, None)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise Untraceable("its forward uses a tensor that is neither a parameter nor a buffer")
+        if isinstance(a, dict) and type(a) is not dict:
+            raise Untraceable(f"its forward makes a {type(a).__name__}, which a trace would turn into a dict")
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -313,9 +412,23 @@ class _Tracer(fx.Tracer):
             raise Untraceable("its forward branches on a value computed from the input")
         if self.example is None:
             raise Untraceable("its forward branches on its input's shape or dtype: pass example_inputs")
-        value = bool(_evaluate(obj.node, self.example))
-        self.branches.append((obj.node, value))
-        return value
+        guard = self._guard(obj.node)
+        decision = bool(guard(None, *self.example.values()))
+        self.guards.append((guard, decision))
+        return decision
+
+    def _guard(self, node: fx.Node) -> Callable[..., Any]:
+        """A function of the host and its inputs that gives a node's value."""
+        graph = fx.Graph()
+        copies = {name: graph.placeholder(name) for name in self.kinds}
+
+        def copied(original: fx.Node) -> fx.Node:
+            if original.name not in copies:
+                copies[original.name] = graph.node_copy(original, copied)
+            return copies[original.name]
+
+        graph.output(copied(node))
+        return _compile(graph, type(self.host).__name__)[1]
 
 
 class _NoTensorWork(TorchDispatchMode):
@@ -341,7 +454,7 @@ def _only_data_flow(host: nn.Module) -> Iterator[None]:
         set_attribute(module, name, value)
 
     def switched(*args: Any, **kwargs: Any) -> None:
-        raise Untraceable("its forward switches gradients, inference mode or autocast")
+        raise Untraceable("its forward asks for or switches gradients, inference mode or autocast")
 
     containers = [
         v for m in host.modules() for k, v in vars(m).items() if k[:1] != "_" and type(v) in (list, dict, set)
@@ -351,7 +464,7 @@ def _only_data_flow(host: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(nn.Module, "__setattr__", watched))
             stack.enter_context(_NoTensorWork())
-            for owner, name in _SWITCHES:
+            for owner, name in _MODES:
                 stack.enter_context(mock.patch.object(owner, name, switched))
             yield
         if random.getstate() != random_state:
@@ -391,29 +504,6 @@ def _is_input(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "placeholder"
 
 
-def _evaluate(node: fx.Node, inputs: dict[str, Any]) -> Any:
-    if node.op == "placeholder":
-        return inputs[str(node.target)]
-    args = fx.map_arg(node.args, lambda n: _evaluate(n, inputs))
-    kwargs = fx.map_arg(node.kwargs, lambda n: _evaluate(n, inputs))
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _compile_guards(tracer: _Tracer) -> Callable[..., Any] | None:
-    if not tracer.branches:
-        return None
-    nodes, parameters = [n for n, _ in tracer.branches], tuple(tracer.kinds)
-
-    def guards(*inputs: Any) -> tuple[bool, ...]:
-        by_name = dict(zip(parameters, inputs, strict=True))
-        return tuple(bool(_evaluate(n, by_name)) for n in nodes)
-
-    return guards
-
-
 class _Fuser:
     """Puts ``run_unit`` in the place of each unit's calls in one host's graph."""
 
@@ -422,14 +512,14 @@ class _Fuser:
         self.modules = modules
         self.convs = convs
 
-    def run(self) -> tuple[list[Site], dict[str, str], tuple[str, ...]]:
-        """The sites; for calls of a convolution that are no unit, the reason; the host's convolutions never called."""
+    def run(self) -> tuple[list[Site], dict[str, str], tuple[str, ...], tuple[str, ...]]:
+        """Sites, refusals, uncalled convolutions and other uses, as :class:`Trace` has them."""
         sites: list[Site] = []
         refusals: dict[str, str] = {}
         called: set[str] = set()
         for node in list(self.graph.nodes):
             conv = self.modules.get(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(conv, nn.Conv2d | FrozenUnit):
+            if not isinstance(conv, nn.Conv2d | FoldedConv2d):
                 continue
             called.add(str(node.target))
             found = self._match(node)
@@ -441,46 +531,51 @@ class _Fuser:
                     sites.append(found[0])
         self.graph.lint()
         uncalled = [n for n in self.convs if isinstance(self.modules[n], nn.Conv2d) and n not in called]
-        return sites, refusals, tuple(uncalled)
+        return sites, refusals, tuple(uncalled), self._other_uses()
+
+    def _other_uses(self) -> tuple[str, ...]:
+        operands = {a for n in self.graph.nodes if n.target is run_unit for a in n.all_input_nodes}
+        names = [str(n.target) for n in self.graph.nodes if n.op == "call_module"]
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node not in operands:
+                # Of a tensor the owner, by whatever part of the path is a module.
+                parts = str(node.target).split(".")
+                names += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return tuple(n for n in dict.fromkeys(names) if n in self.modules)
 
     def _match(self, conv: fx.Node) -> tuple[Site, _Chain] | str:
         """The unit that starts at a convolution's node, or why there is none."""
         module = self.modules[str(conv.target)]
-        absorbed = module.absorbed if isinstance(module, FrozenUnit) else None
-        frozen = absorbed is not None
+        frozen = isinstance(module, FoldedConv2d)
         if not frozen and (reason := conv_refusal(module)):
             return reason
         x = _sole_input(conv)
         if x is None:
             return "it is not called with one tensor"
-        if absorbed == ():
-            return "it is frozen alone"
-        takes_act = absorbed != ("BatchNorm2d",)
 
         chain = _Chain(conv, x)
         following = _only_user(conv)
-        if following is not None and self._module_at(following, Folded if frozen else nn.BatchNorm2d):
+        if following is not None and self._module_at(following, FoldedBatchNorm2d if frozen else nn.BatchNorm2d):
             if not frozen and (reason := bn_refusal(self.modules[str(following.target)])):
                 return f"batch norm {following.target} follows, but {reason}"
             chain.bn = chain.last = following
-        if takes_act:
-            self._take_activation(chain)
+        self._take_activation(chain)
         if chain.last is not conv:
-            self._take_residual(chain, takes_act)
+            self._take_residual(chain)
         if chain.last is conv:
             return self._why_not(conv)
         if not self._may_move(chain, chain.last):
-            return "a call between it and its batch norm or activation may change its input"
+            return "a call between it and its batch norm may change its input"
         return chain.site(), chain
 
     def _take_activation(self, chain: _Chain) -> None:
         following = _only_user(chain.last)
         described = None if following is None else self._activation_at(following)
-        if following is not None and described is not None:
+        if following is not None and described is not None and self._may_move(chain, following):
             chain.last = chain.act = following
             chain.activation = described
 
-    def _take_residual(self, chain: _Chain, takes_act: bool) -> None:
+    def _take_residual(self, chain: _Chain) -> None:
         addition = _only_user(chain.last)
         other = None if addition is None else _addend(addition, chain.last)
         if addition is None or other is None or not self._may_move(chain, addition):
@@ -488,7 +583,7 @@ class _Fuser:
         chain.order = "add_act" if chain.act is None else "act_add"
         chain.residual, chain.residual_inplace = other, addition.target in _IN_PLACE_ADDITIONS
         chain.last = addition
-        if chain.act is None and takes_act:
+        if chain.act is None:
             self._take_activation(chain)
 
     def _replace(self, site: Site, chain: _Chain) -> None:
@@ -543,13 +638,21 @@ class _Fuser:
         return f"its result goes to {getattr(following.target, '__name__', following.target)}"
 
     def _may_move(self, chain: _Chain, last: fx.Node) -> bool:
-        """Whether the convolution gives the same at ``last``'s place: nothing between may write to its input."""
+        """Whether the unit gives the same at ``last``'s place: nothing between may write to its input.
+
+        Nor may its own modules be called between: batch norm's statistics depend on the order of its calls.
+        """
         memory, own = self._memory_of(chain.x), set(_between(chain.conv, last))
+        parts = {id(self.modules[str(n.target)]) for n in (chain.conv, chain.bn) if n is not None}
         node = chain.conv.next
         while node is not last:
-            reads = node in own or self._only_reads(node)
-            if not reads and any(self._memory_of(argument) & memory for argument in node.all_input_nodes):
-                return False
+            if node not in own:
+                called = [n for n in (node, *node.all_input_nodes) if n.op in ("call_module", "get_attr")]
+                if any(id(self.modules.get(str(n.target))) in parts for n in called if n not in own):
+                    return False
+                reads = self._only_reads(node)
+                if not reads and any(self._memory_of(argument) & memory for argument in node.all_input_nodes):
+                    return False
             node = node.next
         return True
 
@@ -560,7 +663,7 @@ class _Fuser:
             return node.op != "call_method"
         module = self.modules[str(node.target)]
         first = next(module.children(), module) if is_sequential(module) else module
-        return isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | FrozenUnit)
+        return isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | FoldedConv2d)
 
     def _memory_of(self, node: fx.Node) -> set[fx.Node]:
         """The nodes whose memory a node's value may share; a convolution's or a unit's is its own."""
@@ -572,7 +675,7 @@ class _Fuser:
                 continue
             found.add(current)
             called = self.modules.get(str(current.target)) if current.op == "call_module" else None
-            fresh = isinstance(called, nn.Conv2d | nn.BatchNorm2d) or current.target is run_unit
+            fresh = isinstance(called, nn.Conv2d | nn.BatchNorm2d | FoldedConv2d) or current.target is run_unit
             if not fresh:
                 waiting.extend(current.all_input_nodes)
         return found

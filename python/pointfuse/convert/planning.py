@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from pointfuse.backends import select
 from pointfuse.convert.hosts import trace_both
 from pointfuse.convert.matching import Site, Trace, hosts, is_sequential, match_sequential, original_forward
-from pointfuse.modules import ConvBNAct2d, FrozenUnit, activation_of, bn_refusal, conv_refusal
+from pointfuse.folded import FoldedConv2d
+from pointfuse.modules import ConvBNAct2d, activation_of, bn_refusal, conv_refusal
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 
@@ -175,9 +176,11 @@ def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[
 
 
 def _analyse_unit(name: str, unit: ConvBNAct2d) -> HostPlan:
+    if isinstance(unit.conv, FoldedConv2d):
+        return HostPlan(name, unit, (), {}, {}, None)
     refusal = conv_refusal(unit.conv) or (bn_refusal(unit.bn) if unit.bn is not None else None)
     activation = activation_of(unit.act)
-    if isinstance(unit.conv, FrozenUnit) or refusal or activation is None:
+    if refusal or activation is None:
         return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, {}, None)
     site = Site(
         "conv", "bn" if unit.bn is not None else None, "act" if unit.act is not None else None, activation, None

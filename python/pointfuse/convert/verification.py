@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pointfuse.convert.planning import ExampleInputs, call, fork_rng
+from pointfuse.convert.planning import ExampleInputs, call, fork_rng, run_quietly
 
 # Largest difference over the largest magnitude, by dtype: about a hundred roundings, and for fp32 and fp64 far below
 # what a wrong unit gives. Training mode divides by the batch's own deviation, which costs another digit.
@@ -62,6 +62,25 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: ExampleInp
             worst,
         )
     return worst
+
+
+def outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The floating-point tensors that a model puts out in evaluation mode."""
+    leaves = pytree.tree_leaves(run_quietly(model, example_inputs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def compare(expected: list[Tensor], actual: list[Tensor]) -> None:
+    """Raise :class:`VerificationError` where the outputs of a frozen model are not the original's."""
+    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        difference = _difference("eval", f"output {i}", a, b)
+        if not difference.error <= difference.tolerance:
+            raise VerificationError(
+                f"{difference.name} of the frozen model differs by {difference.error:.3g} of its largest magnitude, "
+                f"where {difference.tolerance:.3g} is accepted: something reads a convolution's result before its "
+                "batch norm",
+                [difference],
+            )
 
 
 def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool) -> dict[str, Tensor]:

@@ -1,0 +1,175 @@
+"""What ``freeze`` puts in the place of a convolution and its batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pointfuse.backends import aten
+from pointfuse.problem import IDENTITY, Activation, Geometry
+
+NO_TRAINING = (
+    "a frozen model cannot be trained: its batch norms are folded into its weights; train the model that was given to "
+    "freeze, or one made by pointfuse.convert"
+)
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution for inference alone, with the batch norm behind it folded in.
+
+    It stands at the convolution's path, and the batch norm's place is held by :class:`FoldedBatchNorm2d`, so calling
+    one after the other gives what it gave. On the CPU the weight is packed for oneDNN at the first call, for that
+    call's input shape, and the plain weight is dropped; ``state_dict``, ``deepcopy``, pickling and ``.to()`` see it
+    plain.
+    """
+
+    folded_weight: Tensor
+    folded_bias: Tensor | None
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        weight: Tensor,
+        bias: Tensor | None,
+        has_bn: bool,
+        packable: bool = True,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.has_bn = has_bn
+        self.packable = packable
+        self.channels_last = channels_last
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups, self.padding_mode = conv.dilation, conv.groups, conv.padding_mode
+        self.geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        self.register_buffer("folded_weight", weight.contiguous(memory_format=self._format))
+        self.register_buffer("folded_bias", bias)
+        self._packed: Tensor | None = None
+        self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's own weight, where nothing is folded into it."""
+        return self._own(self.dense_weight())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The convolution's own bias, where nothing is folded into it."""
+        return self._own(self.folded_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, IDENTITY)
+
+    def run(
+        self,
+        x: Tensor,
+        activation: Activation,
+        residual: Tensor | None = None,
+        residual_order: str = "add_act",
+        residual_inplace: bool = False,
+    ) -> Tensor:
+        """The unit's output, in the frozen memory format. Raises ``RuntimeError`` where a gradient is asked for."""
+        if torch.is_grad_enabled():
+            if x.requires_grad or (residual is not None and residual.requires_grad):
+                raise RuntimeError(
+                    "a frozen model has no gradient: call it under torch.no_grad(), or use pointfuse.convert to train"
+                )
+            with torch.no_grad():
+                return self.run(x, activation, residual, residual_order, residual_inplace)
+        packed = self._packed_for(x)
+        act_first = residual is None or residual_order == "act_add"
+        if packed is None:
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=self._format)
+            bias = self.folded_bias if self.folded_bias is None else self.folded_bias.to(x.dtype)
+            z = aten.conv(x, self.dense_weight(), bias, self.geometry)
+        else:
+            epilogue = aten.onednn_epilogue(activation) if act_first else None
+            z = aten.onednn_conv(x, packed, self.folded_bias, epilogue or ("none", ()), self.geometry)
+            activation = IDENTITY if epilogue else activation
+        return aten.finish(z, activation, residual, residual_order, residual_inplace, owned=True)
+
+    def dense_weight(self) -> Tensor:
+        """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
+        if self._packed is None:
+            return self.folded_weight
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "this frozen model is packed for oneDNN; to compile or export it: freeze(..., pack=False)"
+            )
+        return self._packed.to_dense()
+
+    def train(self, mode: bool = True) -> FoldedConv2d:
+        if mode:
+            raise RuntimeError(NO_TRAINING)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, has_bn={self.has_bn}, "
+            f"packed={self._packed is not None}"
+        )
+
+    @property
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def _own(self, tensor: Any) -> Any:
+        if self.has_bn:
+            # Not an AttributeError, which nn.Module would report as a missing attribute.
+            raise RuntimeError("this convolution's weight and bias are folded together with its batch norm by freeze")
+        return tensor
+
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        if not self.packable or not aten.onednn_accepts(x):
+            return None
+        packed = self._packed
+        if packed is None:
+            weight, geometry = self.folded_weight, self.geometry
+            fits = x.dtype == weight.dtype and x.shape[1] == self.in_channels
+            if not fits or not geometry.well_formed or not aten.onednn_takes_dtype(x.dtype):
+                return None
+            packed = aten.pack(weight, geometry, x.shape)
+            if packed is None:
+                return None
+            # In this order, so that a second thread finds one or the other.
+            self._packed = packed
+            self._buffers.pop("folded_weight", None)
+        return packed if packed.dtype == x.dtype else None
+
+    def _unpack(self) -> None:
+        if self._packed is not None:
+            self._buffers["folded_weight"] = self.dense_weight().contiguous(memory_format=self._format)
+            self._packed = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FoldedConv2d:
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "folded_weight"] = self.dense_weight()
+        if self.folded_bias is not None:
+            destination[prefix + "folded_bias"] = self.folded_bias
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {"folded_weight": self.dense_weight(), "folded_bias": self.folded_bias}
+        state["_packed"] = None
+        return state
+
+
+class FoldedBatchNorm2d(nn.Identity):
+    """Holds the place of a batch norm that ``freeze`` folded into the convolution before it; passes its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
