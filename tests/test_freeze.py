@@ -211,7 +211,7 @@ def test_a_parent_that_iterates_over_a_sequential_stays_right() -> None:
     assert_accurate(pointfuse.freeze(model), model, images())
 
 
-def test_a_parent_that_reads_a_grandchilds_weight_stays_right() -> None:
+def test_a_parent_that_reads_a_folded_weight_is_told_so() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,8 +221,10 @@ def test_a_parent_that_reads_a_grandchilds_weight_stays_right() -> None:
             return F.conv_transpose2d(self.encoder(x), self.encoder[0].weight)
 
     model = trained(Tied()).eval()
-    for pack in (True, False):
-        assert_accurate(pointfuse.freeze(model, pack=pack), model, images())
+    with pytest.raises(RuntimeError, match="weight and bias are folded together with its batch norm"):
+        pointfuse.freeze(model, images())
+    with pytest.raises(RuntimeError, match="weight and bias are folded together with its batch norm"), torch.no_grad():
+        pointfuse.freeze(model)(images())
 
 
 @pytest.mark.parametrize("kind", ["sequential", "traced", "unit"])

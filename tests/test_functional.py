@@ -30,6 +30,12 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fold_small_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size from which folding pays would make these tests slow; its other conditions stay."""
+    monkeypatch.setattr(aten, "_FOLD_MIN_OUTPUTS", 1 << 12)
+
+
 def eager(x: Tensor, weight: Tensor, *args: Any, activation: str, negative_slope: float = 0.01, eps: float = 1e-5,
           training: bool = False, momentum: float = 0.1, residual: Tensor | None = None,
           residual_order: str = "add_act", **geometry: Any) -> Tensor:  # fmt: skip
@@ -293,6 +299,19 @@ def test_it_works_inside_pytorchs_modes(kind: str) -> None:
             assert y.shape == (2, 8, 20, 20)
             return
     assert_as_accurate(y, eager(x, weight, None, *bn, **options), exact)
+
+
+def test_folding_waits_for_large_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls = []
+    original = aten.onednn_conv
+    monkeypatch.setattr(aten, "onednn_conv", lambda *a: calls.append(a) or original(*a))
+    weight, bn = torch.randn(16, 8, 1, 1), bn_operands(16)
+    with torch.no_grad():
+        conv_bn_act(torch.randn(1, 8, 255, 256), weight, None, *bn)
+        assert len(calls) == 0
+        conv_bn_act(torch.randn(1, 8, 256, 256), weight, None, *bn)
+        assert len(calls) == 1
 
 
 def test_the_folded_path_is_taken_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:

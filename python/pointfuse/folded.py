@@ -73,7 +73,7 @@ class FoldedConv2d(nn.Module):
         residual_inplace: bool = False,
     ) -> Tensor:
         """The unit's output, in the frozen memory format. Raises ``RuntimeError`` where a gradient is asked for."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and isinstance(x, Tensor):
             if x.requires_grad or (residual is not None and residual.requires_grad):
                 raise RuntimeError(
                     "a frozen model has no gradient: call it under torch.no_grad(), or use pointfuse.convert to train"
@@ -83,10 +83,11 @@ class FoldedConv2d(nn.Module):
         packed = self._packed_for(x)
         act_first = residual is None or residual_order == "act_add"
         if packed is None:
-            if x.dim() == 4:
+            if isinstance(x, Tensor) and x.dim() == 4:
                 x = x.contiguous(memory_format=self._format)
-            bias = self.folded_bias if self.folded_bias is None else self.folded_bias.to(x.dtype)
-            z = aten.conv(x, self.dense_weight(), bias, self.geometry)
+            weight = self.dense_weight()
+            bias = None if self.folded_bias is None else self.folded_bias.to(weight.dtype)
+            z = aten.conv(x, weight, bias, self.geometry)
         else:
             epilogue = aten.onednn_epilogue(activation) if act_first else None
             z = aten.onednn_conv(x, packed, self.folded_bias, epilogue or ("none", ()), self.geometry)

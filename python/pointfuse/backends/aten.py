@@ -127,11 +127,11 @@ def onednn_takes_dtype(dtype: torch.dtype) -> bool:
 def onednn_accepts(x: Tensor) -> bool:
     """Whether an input may go to oneDNN's own operators, which autograd, autocast and tracers do not know."""
     return (
-        not torch.compiler.is_compiling()
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
-        and type(x) is Tensor
         and x.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.maybe_current_level() is None

@@ -10,7 +10,7 @@ from torch import nn
 
 from pointfuse.convert import verification
 from pointfuse.convert.freezing import freeze_hosts, own_tensors
-from pointfuse.convert.hosts import install, is_host, refuse_training, shared_copy, uninstall
+from pointfuse.convert.hosts import install, is_frozen, is_host, refuse_training, shared_copy, uninstall
 from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
@@ -125,6 +125,8 @@ def freeze(
     _check(model, "freeze")
     if model.training:
         raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
+    if is_frozen(model):
+        return model
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
     expected = None if example_inputs is None else verification.outputs(model, example_inputs)

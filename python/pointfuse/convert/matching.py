@@ -10,7 +10,6 @@ where example inputs are given, and checked again on every call.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 import operator
@@ -214,7 +213,7 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
     """
     if "forward" in host.__dict__:
         raise Untraceable("its forward was replaced on the instance")
-    if "type" in _code_names(original_forward(host)):
+    if "type" in _names_read(host):
         raise Untraceable("its forward calls type(), which a trace cannot answer")
     modes = [(m, m.training) for m in host.modules()]
     try:
@@ -245,8 +244,7 @@ class Reads:
         self.absent = [(d, _absent(d)) for d in (host._parameters, host._buffers)]
         self.values: list[tuple[dict[str, Any], str, Any]] = []
         self.containers: list[tuple[Any, Any]] = []
-        kind: Any = type(host)
-        names = _class_names(original_forward(host), kind)
+        names = _names_read(host)
         for module in (host, *(m for _, m in _own_children(host))):
             for name in names - ({"training"} if module is host else set()):
                 # An attribute that is not there may come, and be found by hasattr.
@@ -279,23 +277,37 @@ def _absent(tensors: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, tensor in tensors.items() if tensor is None)
 
 
-@functools.cache
-def _class_names(forward: Any, cls: type) -> frozenset[str]:
-    """The names in a forward's code, and in that of every method that its module's class adds to ``nn.Module``."""
-    functions = [v for k in cls.__mro__ if k not in nn.Module.__mro__ for v in vars(k).values()]
-    unwrapped = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in functions]
-    return frozenset().union(_code_names(forward), *map(_code_names, unwrapped))
+def _names_read(host: nn.Module) -> frozenset[str]:
+    """The global and attribute names in the code of a module's forward and of the Python functions it may call.
 
-
-def _code_names(function: Any) -> frozenset[str]:
-    """The global and attribute names that a function's code and the functions inside it use."""
-    waiting, names = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else [], set()
+    Those are the methods, properties and function attributes that it names, and functions of its own modules.
+    """
+    waiting: list[Any] = [original_forward(host)]
+    seen: set[types.CodeType] = set()
+    names: set[str] = set()
     while waiting:
-        code = waiting.pop()
-        if isinstance(code, types.CodeType):
-            names |= set(code.co_names)
-            waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        function = inspect.unwrap(waiting.pop())
+        code = getattr(function, "__code__", None)
+        if not isinstance(code, types.CodeType) or code in seen:
+            continue
+        seen.add(code)
+        used, inner = set(code.co_names), list(code.co_consts)
+        while inner:
+            if isinstance(constant := inner.pop(), types.CodeType):
+                used |= set(constant.co_names)
+                inner += constant.co_consts
+        names |= used
+        cells = [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]
+        for value in (*cells, *(_function_named(name, host, function.__globals__) for name in used)):
+            if isinstance(value, types.FunctionType) and not value.__module__.startswith("torch."):
+                waiting.append(value)
     return frozenset(names)
+
+
+def _function_named(name: str, host: nn.Module, globals_: dict[str, Any]) -> Any:
+    """What a name in a module's code may call: a method, a property, an attribute or a global."""
+    found = vars(host).get(name) or inspect.getattr_static(type(host), name, None) or globals_.get(name)
+    return getattr(found, "fget", None) or getattr(found, "__func__", found)
 
 
 def _compile(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
