@@ -126,29 +126,27 @@ def run_unit(
     ``act`` is a module, or for a functional activation its description. ``residual_inplace`` says that the model adds
     the residual in place, whose result has the dtype and shape of the unit's.
     """
-    activation = activation_of(act) if _may_fuse(x, residual) else None
-    if activation is not None:
+    frozen = isinstance(conv, FoldedConv2d)
+    if (
+        (frozen or not torch.is_grad_enabled())
+        and isinstance(x, Tensor)
+        and (residual is None or isinstance(residual, Tensor))
+        and (frozen or (isinstance(conv, nn.Conv2d) and x.numel() >= select().min_input(conv, bn)))
+        and not torch.compiler.is_compiling()
+        and not torch_module._has_any_global_hook()
+        and (activation := activation_of(act)) is not None
+    ):
+        rest = (residual, residual_order, residual_inplace)
         if isinstance(conv, FoldedConv2d):
             if not has_hooks(conv) and (bn is None or (type(bn) is FoldedBatchNorm2d and not has_hooks(bn))):
-                return conv.run(x, activation, residual, residual_order, residual_inplace)
-        elif not torch.is_grad_enabled() and not torch.compiler.is_compiling() and conv_refusal(conv) is None:
+                return conv.run(x, activation, *rest)
+        elif conv_refusal(conv) is None and (bn is None or (bn_refusal(bn) is None and not bn.training)):
             assert isinstance(conv, nn.Conv2d)
             geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-            rest = (activation, geometry, residual, residual_order, residual_inplace)
-            if bn is None:
-                return select().conv_bn_act(x, conv.weight, conv.bias, None, *rest)
-            if bn_refusal(bn) is None and not bn.training and bn.running_mean is not None:
-                return select().conv_bn_act(x, conv.weight, conv.bias, running_statistics(bn), *rest)
+            operands = None if bn is None else running_statistics(bn)
+            if operands is None or operands.running_mean is not None:
+                return select().conv_bn_act(x, conv.weight, conv.bias, operands, activation, geometry, *rest)
     return _compose(x, conv, bn, act, residual, residual_order, residual_inplace)
-
-
-def _may_fuse(x: Any, residual: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and x.dim() == 4
-        and (residual is None or isinstance(residual, Tensor))
-        and not torch_module._has_any_global_hook()
-    )
 
 
 def activation_of(act: nn.Module | Activation | tuple[Any, ...] | None) -> Activation | None:
@@ -158,7 +156,7 @@ def activation_of(act: nn.Module | Activation | tuple[Any, ...] | None) -> Activ
     if isinstance(act, tuple):
         return Activation(*act)
     describe = _ACTIVATION_MODULES.get(type(act))
-    return None if describe is None or _own_forward(act) or has_hooks(act) else describe(act)
+    return None if describe is None or has_hooks(act) else describe(act)
 
 
 def activation_module(name: str, negative_slope: float) -> nn.Module:
@@ -171,39 +169,36 @@ def activation_module(name: str, negative_slope: float) -> nn.Module:
 
 def conv_refusal(conv: nn.Module) -> str | None:
     """Why a module cannot be a unit's convolution, or ``None`` where it can."""
-    if not isinstance(conv, nn.Conv2d):
-        return f"it is a {type(conv).__name__}, not an nn.Conv2d"
-    kind = type(conv)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward or _own_forward(conv):
-        return f"{kind.__name__} has a forward of its own"
-    if has_hooks(conv):
-        return "it has hooks"
-    return None if conv.padding_mode == "zeros" else f"its padding_mode is {conv.padding_mode!r}"
+    if type(conv) is not nn.Conv2d:
+        if not isinstance(conv, nn.Conv2d):
+            return f"it is a {type(conv).__name__}, not an nn.Conv2d"
+        if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+            return f"{type(conv).__name__} has a forward of its own"
+    if conv.padding_mode != "zeros":
+        return f"its padding_mode is {conv.padding_mode!r}"
+    return "it has hooks or a forward of its own" if has_hooks(conv) else None
 
 
 def bn_refusal(bn: nn.Module) -> str | None:
     """Why a module cannot be a unit's batch norm, or ``None`` where it can."""
-    if not isinstance(bn, nn.BatchNorm2d):
-        return f"it is a {type(bn).__name__}, not an nn.BatchNorm2d"
-    kind = type(bn)
-    if (
-        kind.forward is not _BatchNorm.forward
-        or kind._check_input_dim is not nn.BatchNorm2d._check_input_dim
-        or _own_forward(bn)
-    ):
-        return f"{kind.__name__} has a forward of its own"
-    return "it has hooks" if has_hooks(bn) else None
+    if type(bn) is not nn.BatchNorm2d:
+        if not isinstance(bn, nn.BatchNorm2d):
+            return f"it is a {type(bn).__name__}, not an nn.BatchNorm2d"
+        own_check = type(bn)._check_input_dim is not nn.BatchNorm2d._check_input_dim
+        if own_check or type(bn).forward is not _BatchNorm.forward:
+            return f"{type(bn).__name__} has a forward of its own"
+    return "it has hooks or a forward of its own" if has_hooks(bn) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its forward."""
+    """Whether calling the module does more or other than its class's forward."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
-
-
-def _own_forward(module: nn.Module) -> bool:
-    return "forward" in module.__dict__
 
 
 def running_statistics(bn: nn.Module) -> BatchNorm:

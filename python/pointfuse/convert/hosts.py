@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pointfuse.convert.matching import Trace, Untraceable, run_sequence, trace_host
+from pointfuse.convert.matching import Trace, Untraceable, run_sequence, runs_of, trace_host
 from pointfuse.folded import NO_TRAINING
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
 _STALE = "_pointfuse_stale"
+_RUNS = "_pointfuse_runs"
 # A forward that reads an attribute which changes on every call is not worth tracing again and again.
 _MAX_STALE = 8
 
@@ -39,7 +40,7 @@ class _Host:
         state = self.__getstate__()
         if isinstance(state, dict):
             # Generated code does not travel.
-            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE)}
+            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS)}
         return _restore, (self._pointfuse_class, *self._pointfuse_kind), state
 
     def __setstate__(self, state: Any) -> None:
@@ -60,7 +61,11 @@ class _Frozen:
 def _sequential_forward(self: Any, input: Any) -> Any:
     if torch.compiler.is_compiling():
         return self._pointfuse_forward(input)
-    return run_sequence(list(self._modules.values()), input)
+    children = tuple(self._modules.values())
+    cached = self.__dict__.get(_RUNS)
+    if cached is None or cached[0] != children:
+        cached = self.__dict__[_RUNS] = (children, runs_of(children))
+    return run_sequence(cached[1], input)
 
 
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +171,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 def uninstall(module: nn.Module) -> None:
     """Give one converted module its own class back."""
-    for name in (_TRACES, _EXAMPLE, _STALE):
+    for name in (_TRACES, _EXAMPLE, _STALE, _RUNS):
         module.__dict__.pop(name, None)
     module.__class__ = own_class(module)
 

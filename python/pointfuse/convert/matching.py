@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pointfuse.backends import select
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import activation_of, bn_refusal, conv_refusal, has_hooks, run_unit
 from pointfuse.problem import IDENTITY, Activation
@@ -134,12 +135,16 @@ def _own_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 @dataclass(frozen=True)
 class Run:
-    """A unit in a sequence of modules: the three operands of ``run_unit`` and how many modules they are."""
+    """A unit in a sequence of modules: its modules in order, and the operands of ``run_unit``.
 
+    ``min_input`` is the number of input elements from which fusing may pay.
+    """
+
+    modules: tuple[nn.Module, ...]
     conv: nn.Module
     bn: nn.Module | None
     act: nn.Module | None
-    length: int
+    min_input: int
 
 
 def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
@@ -160,21 +165,33 @@ def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
     act = following[has_bn] if len(following) > has_bn else None
     if act is not None and (isinstance(act, nn.Identity) or activation_of(act) is None):
         act = None
-    length = 1 + has_bn + (act is not None)
-    return None if length == 1 else Run(conv, bn, act, length)
+    parts = tuple(m for m in (conv, bn, act) if m is not None)
+    if len(parts) == 1:
+        return None
+    return Run(parts, conv, bn, act, select().min_input(conv, bn) if isinstance(conv, nn.Conv2d) else 0)
 
 
-def run_sequence(modules: Sequence[nn.Module], x: Any) -> Any:
-    """What ``nn.Sequential`` computes, with the units fused."""
+def runs_of(modules: Sequence[nn.Module]) -> list[Run | nn.Module]:
+    """A sequence of modules with the units grouped."""
+    grouped: list[Run | nn.Module] = []
     i = 0
     while i < len(modules):
         run = run_at(modules, i)
-        if run is None:
-            x = modules[i](x)
-            i += 1
+        grouped.append(modules[i] if run is None else run)
+        i += 1 if run is None else len(run.modules)
+    return grouped
+
+
+def run_sequence(grouped: Sequence[Run | nn.Module], x: Any) -> Any:
+    """What ``nn.Sequential`` computes, with the units fused."""
+    for step in grouped:
+        if isinstance(step, nn.Module):
+            x = step(x)
+        elif isinstance(x, Tensor) and x.numel() >= step.min_input:
+            x = run_unit(x, step.conv, step.bn, step.act)
         else:
-            x = run_unit(x, run.conv, run.bn, run.act)
-            i += run.length
+            for module in step.modules:
+                x = module(x)
     return x
 
 
@@ -183,18 +200,14 @@ def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
     children = {name: child for name, child in host._modules.items() if child is not None}
     names, modules = list(children), list(children.values())
     sites, refusals, i = [], {}, 0
-    while i < len(modules):
-        run = run_at(modules, i)
-        if run is None:
-            if isinstance(modules[i], nn.Conv2d):
-                refusals[names[i]] = conv_refusal(modules[i]) or _what_follows(modules[i + 1 : i + 2])
-            i += 1
-            continue
-        bn = names[i + 1] if run.bn is not None else None
-        act = names[i + run.length - 1] if run.act is not None else None
-        if isinstance(run.conv, nn.Conv2d):
-            sites.append(Site(names[i], bn, act, activation_of(run.act) or IDENTITY, None))
-        i += run.length
+    for step in runs_of(modules):
+        if isinstance(step, nn.Conv2d):
+            refusals[names[i]] = conv_refusal(step) or _what_follows(modules[i + 1 : i + 2])
+        if isinstance(step, Run) and isinstance(step.conv, nn.Conv2d):
+            bn = names[i + 1] if step.bn is not None else None
+            act = names[i + len(step.modules) - 1] if step.act is not None else None
+            sites.append(Site(names[i], bn, act, activation_of(step.act) or IDENTITY, None))
+        i += len(step.modules) if isinstance(step, Run) else 1
     return sites, refusals
 
 
