@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from pointfuse.backends import aten
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `benchmarks`, which is not installed
@@ -21,6 +22,13 @@ settings.register_profile(
     "pointfuse", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("pointfuse")
+
+
+@pytest.fixture(autouse=True)
+def _small_units_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse, fold and pack whatever the size: from where it pays is a matter of speed, and would make tests slow."""
+    for name in ("_ONEDNN_MIN_INPUT", "_FOLD_MIN_OUTPUTS", "_FOLD_MIN_OUTPUTS_PER_WEIGHT", "_PACK_MIN_MACS"):
+        monkeypatch.setattr(aten, name, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fold_small_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size from which folding pays would make these tests slow; its other conditions stay."""
-    monkeypatch.setattr(aten, "_FOLD_MIN_OUTPUTS", 1 << 12)
-
-
 def eager(x: Tensor, weight: Tensor, *args: Any, activation: str, negative_slope: float = 0.01, eps: float = 1e-5,
           training: bool = False, momentum: float = 0.1, residual: Tensor | None = None,
           residual_order: str = "add_act", **geometry: Any) -> Tensor:  # fmt: skip
@@ -301,31 +295,43 @@ def test_it_works_inside_pytorchs_modes(kind: str) -> None:
     assert_as_accurate(y, eager(x, weight, None, *bn, **options), exact)
 
 
-def test_folding_waits_for_large_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def count_onednn_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    calls: list[Any] = []
+    original = aten.onednn_conv
+    monkeypatch.setattr(aten, "onednn_conv", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def test_folding_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    calls = []
-    original = aten.onednn_conv
-    monkeypatch.setattr(aten, "onednn_conv", lambda *a: calls.append(a) or original(*a))
-    weight, bn = torch.randn(16, 8, 1, 1), bn_operands(16)
+    calls = count_onednn_calls(monkeypatch)
+    bn = bn_operands(16)
     with torch.no_grad():
-        conv_bn_act(torch.randn(1, 8, 255, 256), weight, None, *bn)
+        conv_bn_act(torch.randn(1, 8, 255, 256), torch.randn(16, 8, 1, 1), None, *bn)
+        conv_bn_act(torch.randn(1, 4096, 16, 16), torch.randn(4096, 4096, 1, 1), None, *bn_operands(4096))
+        conv_bn_act(torch.randn(1, 8, 40, 40), torch.randn(16, 8, 1, 1))
         assert len(calls) == 0
-        conv_bn_act(torch.randn(1, 8, 256, 256), weight, None, *bn)
-        assert len(calls) == 1
+        conv_bn_act(torch.randn(1, 8, 256, 256), torch.randn(16, 8, 1, 1), None, *bn)
+        conv_bn_act(torch.randn(1, 8, 80, 80), torch.randn(16, 8, 1, 1))
+        assert len(calls) == 2
 
 
-def test_the_folded_path_is_taken_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_min_input_is_where_folding_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for conv in (nn.Conv2d(8, 16, 1), nn.Conv2d(64, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(512, 1024, 3)):
+        pixels = aten.min_input(conv, nn.BatchNorm2d(1)) // conv.in_channels
+        assert not aten._worth_folding(torch.empty(1, conv.in_channels, 1, pixels - 1, device="meta"), conv.weight)
+        assert aten._worth_folding(torch.empty(1, conv.in_channels, 1, pixels + 1, device="meta"), conv.weight)
+
+
+def test_the_fused_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above would compare PyTorch with itself."""
-    calls = []
-    original = aten.onednn_conv
-    monkeypatch.setattr(aten, "onednn_conv", lambda *a: calls.append(a) or original(*a))
+    calls = count_onednn_calls(monkeypatch)
     x, weight, bn = torch.randn(2, 64, 26, 26), torch.randn(24, 64, 1, 1), bn_operands(24)
     with torch.no_grad():
         conv_bn_act(x, weight, None, *bn)
         assert len(calls) == 1
         conv_bn_act(x, weight, None, *bn, activation="relu")  # oneDNN's ReLU loses NaN
-        conv_bn_act(x[:, :, :3, :3], weight, None, *bn)
-        conv_bn_act(x, torch.randn(512, 64, 3, 3), None, *bn_operands(512))
     conv_bn_act(x.requires_grad_(), weight, None, *bn)
     assert len(calls) == 1
 

@@ -80,6 +80,8 @@ class FoldedConv2d(nn.Module):
                 )
             with torch.no_grad():
                 return self.run(x, activation, residual, residual_order, residual_inplace)
+        if self.has_bn and isinstance(x, Tensor) and x.dim() == 3:
+            raise ValueError("expected 4D input (got 3D input)")  # conv2d takes it, nn.BatchNorm2d does not
         packed = self._packed_for(x)
         act_first = residual is None or residual_order == "act_add"
         if packed is None:

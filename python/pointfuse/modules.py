@@ -130,6 +130,7 @@ def run_unit(
     if (
         (frozen or not torch.is_grad_enabled())
         and isinstance(x, Tensor)
+        and x.dim() == 4
         and (residual is None or isinstance(residual, Tensor))
         and (frozen or (isinstance(conv, nn.Conv2d) and x.numel() >= select().min_input(conv, bn)))
         and not torch.compiler.is_compiling()
