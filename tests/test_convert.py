@@ -1037,3 +1037,46 @@ def test_any_graph_of_layers_and_sums_answers_as_before(steps: list[tuple[str, i
     with torch.no_grad():
         assert gap(converted.eval()(images()), model.eval()(images())) <= 1e-5
     assert_trains_like(converted, model, images())
+
+
+def test_a_slice_with_one_activation_object_twice_runs_it_twice() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.LeakyReLU(0.1)
+            self.body = nn.Sequential(*unit(act=act), *unit(act=act))
+            self.head = nn.Conv2d(4, 4, 1)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.head(self.body[:6](x)))
+
+    model = trained(Model()).eval()
+    assert {u.conv for u in pointfuse.plan(model).units} == {"body.0", "body.3", "head"}
+    assert_infers_like(pointfuse.convert(model), model, images())
+
+
+def test_tracing_in_one_thread_does_not_disturb_another() -> None:
+    import threading
+
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        linear = nn.Linear(2, 2)
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    assert not torch.is_grad_enabled()
+                    linear.scale = 1.0
+                    linear(torch.zeros(1, 2))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(20):
+        pointfuse.plan(Bottleneck())
+    stop.set()
+    thread.join()
+    assert failures == []

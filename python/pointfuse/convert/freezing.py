@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pointfuse.backends.aten import fold
 from pointfuse.convert.hosts import install, refuse_training
-from pointfuse.convert.matching import Site, hosts
 from pointfuse.convert.planning import HostPlan
+from pointfuse.convert.structure import Site, hosts
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, conv_refusal, running_statistics
 

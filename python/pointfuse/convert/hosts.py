@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pointfuse.convert.matching import Trace, Untraceable, run_sequence, runs_of, trace_host
+from pointfuse.convert.matching import Trace, trace_host
+from pointfuse.convert.structure import run_sequence, runs_of
+from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_TRAINING
 
 _TRACES = "_pointfuse_traces"

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from pointfuse.backends import select
 from pointfuse.convert.hosts import trace_both
-from pointfuse.convert.matching import Site, Trace, hosts, is_sequential, match_sequential, original_forward
+from pointfuse.convert.matching import Trace
+from pointfuse.convert.structure import Site, hosts, is_sequential, match_sequential, original_forward
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, activation_of, bn_refusal, conv_refusal
 

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from pointfuse.convert.planning import ExampleInputs, call, fork_rng, run_quietly
 
-# Largest difference over the largest magnitude, by dtype: about a hundred roundings, and for fp32 and fp64 far below
-# what a wrong unit gives. Training mode divides by the batch's own deviation, which costs another digit.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest difference over the largest magnitude, by dtype. For fp32 and fp64 far below what a wrong unit gives; in half
+# precision deep networks amplify rounding (YOLOv3 in bf16: eager itself is 0.1 from float64), and only gross errors show.
+# Training mode divides by the batch's own deviation, which costs another digit.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class VerificationError(RuntimeError):
@@ -39,7 +40,8 @@ class Difference:
 def verify(original: nn.Module, converted: nn.Module, example_inputs: ExampleInputs) -> list[Difference]:
     """Run both models on example inputs in evaluation and training mode; raise where they differ.
 
-    Compares the models' outputs, the output of every module that both call, and, after training mode, every buffer.
+    Compares the models' outputs, the output of every module that both call, and, after training mode, every buffer. In
+    half precision only gross errors can be told from rounding: verify in fp32.
     Modes, buffers and random state are given back as they were. Returns the worst difference of each mode.
 
     Raises :class:`VerificationError` with the worst module's name and figures.
@@ -128,7 +130,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _difference(mode: str, name: str, expected: Tensor, actual: Tensor) -> Difference:
-    tolerance = TOLERANCES.get(expected.dtype, 1e-4) * (10 if mode == "train" else 1)
+    tolerance = TOLERANCES.get(expected.dtype, 1e-4) * (10 if mode == "train" and expected.dtype.itemsize > 2 else 1)
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return Difference(mode, name, float("inf"), tolerance)
     if expected.numel() == 0:
