@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pointfuse.convert.planning import ExampleInputs, call, fork_rng, run_quietly
 
 # Largest difference over the largest magnitude, by dtype. For fp32 and fp64 far below what a wrong unit gives; in half
-# precision deep networks amplify rounding (YOLOv3 in bf16: eager is 0.1 from float64 itself), and only gross errors show.
+# precision deep networks amplify rounding (YOLOv3 in bf16: eager is 0.1 from float64), and only gross errors show.
 # Training mode divides by the batch's own deviation, which costs another digit.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 
