@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Its models are test subjects. Installed without its dependencies, so that it cannot replace torch.
+TORCHVISION ?= torchvision==0.28.0
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -63,4 +65,5 @@ $(VENV)/.ready: pyproject.toml setup.py | check-python
 	$(PY) -m pip install --quiet --upgrade setuptools
 	$(PY) -m pip install --quiet $(TORCH)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench,dev]'
+	$(PY) -m pip install --quiet --no-deps $(TORCHVISION)
 	touch $@

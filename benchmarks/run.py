@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Without it cuDNN guesses an algorithm from the shape, and the eager baselines would be slower than they need be.
     torch.backends.cudnn.benchmark = options.device.type == "cuda"
     settings = {
-        "argv": arguments,
+        "argv": _without_output(arguments),
         "seed": options.seed,
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,
@@ -72,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     wrong = any(result.status == "wrong" for case in done for result in case.results)
     return EXIT_WRONG if wrong else EXIT_OK
+
+
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    """The arguments that the figures depend on; where results go is a path of the machine."""
+    pairs = itertools.pairwise(["", *arguments])
+    return [a for before, a in pairs if before != "--output" and not re.match(r"--output(=|$)", a)]
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:

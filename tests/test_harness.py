@@ -519,3 +519,8 @@ def test_the_demo_says_which_file_it_cannot_read(
 def test_the_chart_is_a_png_with_a_panel_for_each_case(tmp_path: Path, panels: int) -> None:
     demo.draw_chart([example_result()] * panels, tmp_path / "chart")
     assert (tmp_path / "chart").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_of_a_run_holds_no_path_of_the_machine() -> None:
+    assert run._without_output(["--a", "1", "--output", "there", "--b"]) == ["--a", "1", "--b"]
+    assert run._without_output(["--output=there", "--b"]) == ["--b"]
