@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pointfuse
 import pytest
 import torch
-from pointfuse.backends import aten, select
+from pointfuse.backends import aten, fallback_reason, select
 
 
 def test_every_backend_is_listed_with_its_reason() -> None:
@@ -78,3 +79,20 @@ def test_units_run_on_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> Non
         "add_act",
     )  # fmt: skip
     assert len(calls) == 3
+
+
+def test_a_gpu_without_kernels_of_ours_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable = any(pointfuse.backends()[name].usable for name in ("cuda", "triton"))
+    assert (fallback_reason("cuda") is None) == usable
+    assert fallback_reason("cpu") is None
+    with pointfuse.use_backend("aten"):
+        assert fallback_reason("cuda") is None
+
+    conversion = sys.modules["pointfuse.convert"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(conversion, "fallback_reason", lambda device_type: "a reason of the test")
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.ReLU()).eval()
+    with pytest.warns(UserWarning, match="units on cpu run PyTorch's own operators.*a reason of the test"):
+        pointfuse.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pointfuse.freeze(model)

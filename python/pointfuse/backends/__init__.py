@@ -58,6 +58,16 @@ def select() -> ModuleType:
     return aten
 
 
+def fallback_reason(device_type: str) -> str | None:
+    """Why units on a device run on ATen though kernels of our own were to be expected, or ``None``."""
+    if device_type != "cuda" or _requested != "auto":
+        return None
+    found = {name: _status(name) for name in ("cuda", "triton")}
+    if any(status.usable for status in found.values()):
+        return None
+    return "; ".join(f"{name}: {status.reason}" for name, status in found.items())
+
+
 def _status(name: str) -> BackendStatus:
     module = BACKENDS.get(name)
     reason = "this version of pointfuse has no such kernels yet" if module is None else module.unusable_reason()

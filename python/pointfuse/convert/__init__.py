@@ -8,9 +8,10 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from pointfuse.backends import fallback_reason
 from pointfuse.convert import verification
 from pointfuse.convert.freezing import freeze_hosts, own_tensors
-from pointfuse.convert.hosts import install, is_frozen, is_host, refuse_training, shared_copy, uninstall
+from pointfuse.convert.hosts import install, is_frozen, is_host, refuse_training, shared_copy, uninstall, warn_once
 from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
@@ -55,6 +56,7 @@ def convert(
         the converted model; converting it again changes nothing.
     """
     _check(model, "convert")
+    _announce_fallback(model)
     if verify and example_inputs is None:
         raise ValueError("verify=True runs the models: pass example_inputs")
     target = model if inplace and not verify else _copy(model)
@@ -129,6 +131,7 @@ def freeze(
         return model
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
+    _announce_fallback(model)
     expected = None if example_inputs is None else verification.outputs(model, example_inputs)
     originals = set() if inplace else {id(t) for t in (*model.parameters(), *model.buffers())}
     model = model if inplace else _copy(model)
@@ -141,6 +144,12 @@ def freeze(
     if expected is not None:
         verification.compare(expected, verification.outputs(model, example_inputs))
     return model
+
+
+def _announce_fallback(model: nn.Module) -> None:
+    for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())}:
+        if reason := fallback_reason(device_type):
+            warn_once(f"units on {device_type} run PyTorch's own operators, since no other backend can run ({reason})")
 
 
 def _check(model: nn.Module, function: str) -> None:

@@ -84,7 +84,7 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
             return trace.forward(self, *inputs)
-        _warn_once(
+        warn_once(
             f"{self._pointfuse_class.__name__}.forward was called in a way its conversion does not cover (arguments "
             "other than the tensors it needs, or a branch other than with the example inputs): it runs unfused"
         )
@@ -114,7 +114,7 @@ def _trace_again(module: nn.Module) -> Trace | None:
     module.__dict__[_TRACES] = traces
     trace = traces.get(module.training)
     if trace is None and not module.training:
-        _warn_once(f"{own_class(module).__name__} can no longer be converted and runs unfused: {failure}")
+        warn_once(f"{own_class(module).__name__} can no longer be converted and runs unfused: {failure}")
     return trace
 
 
@@ -209,5 +209,6 @@ def _restore(cls: type[nn.Module], fused: bool, frozen: bool) -> nn.Module:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, the first time in the process that this is to be said."""
     warnings.warn(f"pointfuse: {message}", UserWarning, stacklevel=3)
