@@ -221,9 +221,9 @@ def test_a_parent_that_reads_a_folded_weight_is_told_so() -> None:
             return F.conv_transpose2d(self.encoder(x), self.encoder[0].weight)
 
     model = trained(Tied()).eval()
-    with pytest.raises(RuntimeError, match="weight and bias are folded together with its batch norm"):
+    with pytest.raises(AttributeError, match="weight is folded together with its batch norm"):
         pointfuse.freeze(model, images())
-    with pytest.raises(RuntimeError, match="weight and bias are folded together with its batch norm"), torch.no_grad():
+    with pytest.raises(AttributeError, match="weight is folded together with its batch norm"), torch.no_grad():
         pointfuse.freeze(model)(images())
 
 
@@ -560,3 +560,26 @@ def test_any_stack_of_blocks_is_as_accurate_as_pytorch(
     assert_accurate(frozen, model, images(2, 4, 9, 9))
     if len(model[start:stop]):
         assert_accurate(frozen[start:stop], model[start:stop], images(2, 4, 9, 9))
+
+
+@pytest.mark.parametrize("way", ["compile", "export", "jit"])
+def test_an_unpacked_model_deploys_and_a_packed_one_says_how(way: str) -> None:
+    model = trained(nn.Sequential(*unit(), *unit())).eval()
+    plain, packed = pointfuse.freeze(model, pack=False), pointfuse.freeze(model, images())
+
+    def deploy(frozen: nn.Module) -> Any:
+        torch._dynamo.reset()
+        if way == "compile":
+            return torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        if way == "export":
+            return torch.export.export(frozen, (images(),)).module()
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.trace(frozen, images()), buffer)
+        buffer.seek(0)
+        return torch.jit.load(buffer)
+
+    with torch.no_grad():
+        assert gap(deploy(plain)(images()), model(images())) <= 2e-6
+        with pytest.raises(Exception, match="pack=False") as raised:
+            deploy(packed)(images())
+        assert isinstance(raised.value, RuntimeError)

@@ -269,7 +269,7 @@ def test_its_weight_can_be_read_only_where_nothing_is_folded_in() -> None:
     assert torch.equal(conv.weight, conv.dense_weight())
     assert torch.equal(conv.bias, conv.folded_bias)
     for name in ("weight", "bias"):
-        with pytest.raises(RuntimeError, match="folded together with its batch norm"):
+        with pytest.raises(AttributeError, match=f"this convolution's {name} is folded together with its batch norm"):
             getattr(folded(has_bn=True), name)
     assert FoldedBatchNorm2d()(1) == 1
 

@@ -51,15 +51,13 @@ class FoldedConv2d(nn.Module):
         self._packed: Tensor | None = None
         self.training = False
 
-    @property
-    def weight(self) -> Tensor:
-        """The convolution's own weight, where nothing is folded into it."""
-        return self._own(self.dense_weight())
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The convolution's own bias, where nothing is folded into it."""
-        return self._own(self.folded_bias)
+    def __getattr__(self, name: str) -> Any:
+        """``weight`` and ``bias`` are the convolution's own, where nothing is folded into them."""
+        if name not in ("weight", "bias"):
+            return super().__getattr__(name)
+        if self.has_bn:
+            raise AttributeError(f"this convolution's {name} is folded together with its batch norm by freeze")
+        return self.dense_weight() if name == "weight" else self.folded_bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, IDENTITY)
@@ -100,9 +98,9 @@ class FoldedConv2d(nn.Module):
         """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
         if self._packed is None:
             return self.folded_weight
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise RuntimeError(
-                "this frozen model is packed for oneDNN; to compile or export it: freeze(..., pack=False)"
+                "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
             )
         return self._packed.to_dense()
 
@@ -121,12 +119,6 @@ class FoldedConv2d(nn.Module):
     @property
     def _format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
-
-    def _own(self, tensor: Any) -> Any:
-        if self.has_bn:
-            # Not an AttributeError, which nn.Module would report as a missing attribute.
-            raise RuntimeError("this convolution's weight and bias are folded together with its batch norm by freeze")
-        return tensor
 
     def _packed_for(self, x: Tensor) -> Tensor | None:
         if not self.packable or not aten.onednn_accepts(x):

@@ -149,6 +149,7 @@ def onednn_accepts(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
