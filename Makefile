@@ -15,7 +15,7 @@ CXX_FILES = git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'
 ifeq ($(strip $(VENV)),)
 PY := PYTHONPATH=python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 BIN :=
-READY := check-python
+READY := check-packages
 else
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin/
@@ -24,7 +24,11 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean check-python
+.PHONY: help demo test lint format clean check-python check-packages
+# What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
+demo: PACKAGES = torch matplotlib PIL rich
+test: PACKAGES = torch numpy pytest pytest_cov hypothesis matplotlib PIL rich
+lint format: PACKAGES = torch mypy ruff
 
 help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
@@ -58,6 +62,12 @@ check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pointfuse needs Python 3.11 or later; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Name another with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+
+check-packages: check-python
+	@$(PYTHON) -c 'import sys, importlib.util as u; \
+	  missing = [m for m in sys.argv[1:] if u.find_spec(m) is None]; \
+	  sys.exit(f"{sys.executable} lacks {missing}: install them, or run make without VENV= to have .venv made" \
+	           if missing else 0)' $(PACKAGES)
 
 $(VENV)/.ready: pyproject.toml setup.py | check-python
 	rm -f $@

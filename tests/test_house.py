@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -98,16 +100,19 @@ def test_the_repository_speaks_of_the_project_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy of the sources so that no build folder is left in the checkout."""
-    import shutil
-
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copy(ROOT / name, copy)
     for folder in ("python", "tests", "benchmarks"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
         "-m",
@@ -135,6 +140,20 @@ def test_the_wheel_holds_the_package_and_no_test_or_benchmark(wheel: Path) -> No
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert "Requires-Dist: torch>=2.10" in metadata
     assert "\nVersion: 0.1.0\n" in metadata
+
+
+def test_the_sdist_builds_the_same_package(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {f"python/pointfuse/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")} <= names
 
 
 def test_the_wheel_installs_and_runs(wheel: Path, tmp_path: Path) -> None:
