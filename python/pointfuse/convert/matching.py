@@ -49,7 +49,6 @@ class Trace:
     """
 
     forward: Callable[..., Any]
-    code: str
     parameters: dict[str, type]
     guards: tuple[tuple[Callable[..., Any], bool], ...]
     reads: Reads
@@ -79,9 +78,9 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
         for m, mode in modes:
             m.__dict__["training"] = mode
     sites, refusals, uncalled, other_uses = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
-    source, forward = compile_graph(graph, type(host).__name__)
+    forward = compile_graph(graph, type(host).__name__)
     guards = tuple(tracer.guards)
-    return Trace(forward, source, tracer.kinds, guards, reads, tuple(sites), refusals, uncalled, other_uses)
+    return Trace(forward, tracer.kinds, guards, reads, tuple(sites), refusals, uncalled, other_uses)
 
 
 class _Fuser:

@@ -121,15 +121,15 @@ def _function_named(name: str, host: nn.Module, globals_: dict[str, Any]) -> Any
     return getattr(found, "fget", None) or getattr(found, "__func__", found)
 
 
-def compile_graph(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
-    """The source of a graph and its function, whose first argument is the module."""
+def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """A graph as a function, whose first argument is the module."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
     try:
         exec(compile(code.src, f"<pointfuse trace of {name}>", "exec"), namespace)
     except SyntaxError as error:
         raise Untraceable(f"torch.fx cannot write its forward down: {error}") from error
-    return code.src, namespace["forward"]
+    return namespace["forward"]
 
 
 class _Proxy(fx.Proxy):
@@ -261,7 +261,7 @@ class Tracer(fx.Tracer):
             return copies[original.name]
 
         graph.output(copied(node))
-        return compile_graph(graph, type(self.host).__name__)[1]
+        return compile_graph(graph, type(self.host).__name__)
 
 
 class _NoTensorWork(TorchDispatchMode):
