@@ -129,11 +129,17 @@ def test_hooks_on_children_run_and_may_change_values() -> None:
         y = unit(x)
         assert seen == ["conv", "bn", "act"]
         assert torch.equal(y, sequential(unit)(x))
+
+
+def test_hooks_on_every_module_run() -> None:
+    unit, seen = make_unit(), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, out: seen.append(type(m).__name__))
-    with torch.no_grad():
-        unit(x)
-    handle.remove()
-    assert "Conv2d" in seen
+    try:
+        with torch.no_grad():
+            unit(torch.randn(X))
+    finally:
+        handle.remove()
+    assert seen == ["Conv2d", "BatchNorm2d", "LeakyReLU", "ConvBNAct2d"]
 
 
 def test_parametrised_weights_are_read_live() -> None:

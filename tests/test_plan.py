@@ -431,3 +431,10 @@ def test_a_model_of_the_wrong_kind_is_refused_by_name(model: Any, message: str, 
 def test_example_inputs_of_the_wrong_kind_are_refused() -> None:
     with pytest.raises(TypeError, match="example_inputs is a int"):
         pointfuse.plan(Bottleneck(), 3)  # type: ignore[arg-type]
+
+
+def test_drawing_from_pythons_generator_is_refused_whatever_is_drawn() -> None:
+    model = Forward(lambda self, x: self.unit(x) if random.random() < 2 else x)
+    before = random.getstate()
+    assert "draws random numbers" in reasons(model)["conv"]
+    assert random.getstate() == before
