@@ -113,8 +113,8 @@ def freeze(
         example_inputs: as for :func:`plan`. With them the model is run before and after, so that weights are packed for
             their shapes, and :class:`VerificationError` is raised where the answers differ; otherwise the first call
             packs.
-        inplace: freeze ``model`` itself, releasing each original weight as it is folded; it is frozen then even where the
-            check on the example inputs raises. Otherwise ``model`` is left as it was, and shares nothing with the
+        inplace: freeze ``model`` itself, releasing each original weight as it is folded; it is then frozen even where
+            the check on the example inputs raises. Otherwise ``model`` is left as it was, and shares nothing with the
             frozen model.
         pack: on the CPU, reorder weights into oneDNN's own layout. ``False`` keeps plain tensors, for torch.compile,
             torch.export and torch.jit.trace.
