@@ -583,3 +583,15 @@ def test_an_unpacked_model_deploys_and_a_packed_one_says_how(way: str) -> None:
         with pytest.raises(Exception, match="pack=False") as raised:
             deploy(packed)(images())
         assert isinstance(raised.value, RuntimeError)
+
+
+def test_a_fold_beyond_the_range_of_half_precision_is_left_live() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
+    nn.init.constant_(model[0].weight, 300.0)
+    nn.init.constant_(model[1].running_var, 1e-9)  # with eps, a scale of 316: 94 868 does not fit into fp16
+    model, x = model.half(), torch.full((1, 2, 4, 4), 1e-3).half()
+    frozen = pointfuse.freeze(model, x)
+    assert not any(isinstance(m, FoldedConv2d) for m in frozen.modules())
+    with torch.no_grad():
+        assert frozen(x).isfinite().all()
+        assert torch.equal(frozen(x), model(x))

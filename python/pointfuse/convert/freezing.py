@@ -88,21 +88,24 @@ def _freeze_site(host: nn.Module, site: Site, partners: dict[int, set[Any]], pac
         return
     if not isinstance(conv, nn.Conv2d) or (bn is not None and (bn.training or bn.running_mean is None)):
         return
-    _freeze_conv(host, site.conv, bn, pack, channels_last)
-    if site.bn:
+    if _freeze_conv(host, site.conv, bn, pack, channels_last) and site.bn:
         _set(host, site.bn, FoldedBatchNorm2d())
 
 
-def _freeze_conv(host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool) -> None:
+def _freeze_conv(host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool) -> bool:
+    """Freeze one convolution in its place, unless the folded weight leaves the range of its dtype, as in fp16 it can."""
     conv = host.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     with torch.no_grad():
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         if bn is not None:
             weight, bias = fold(weight, bias, running_statistics(bn))
+            if not weight.isfinite().all() and conv.weight.isfinite().all():
+                return False
         else:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
     _set(host, name, FoldedConv2d(conv, weight, bias, bn is not None, pack, channels_last))
+    return True
 
 
 def _set(host: nn.Module, name: str, module: nn.Module) -> None:

@@ -24,12 +24,11 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit. Names are module paths in the model; an activation without a module has none.
+    """One unit. Names are module paths in the model, the convolution's also the unit's; a function has none.
 
     Shapes are ``[batch, channels, height, width]``, known where example inputs were given.
     """
 
-    name: str
     conv: str
     bn: str | None
     act: str | None
@@ -117,11 +116,11 @@ def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleIn
     units = list(dict.fromkeys(_unit(host, site, shapes) for host in found for site in host.sites))
     reasons = {_join(host.name, name): reason for host in found for name, reason in host.unproven.items()}
     for unit in units:
-        reasons.pop(unit.name, None)
+        reasons.pop(unit.conv, None)
     reasons |= {_join(host.name, name): reason for host in found for name, reason in host.refusals.items()}
     skipped = [Skipped(name, reason) for name, reason in reasons.items()]
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    units.sort(key=lambda u: order[u.name])
+    units.sort(key=lambda u: order[u.conv])
     skipped.sort(key=lambda s: order[s.name])
     return Plan(tuple(units), tuple(skipped))
 
@@ -231,7 +230,6 @@ def _unit(host: HostPlan, site: Site, shapes: dict[int, tuple[torch.Size, torch.
     assert isinstance(conv, nn.Conv2d)
     seen = shapes.get(id(conv))
     return Unit(
-        name=_join(host.name, site.conv),
         conv=_join(host.name, site.conv),
         bn=None if site.bn is None else _join(host.name, site.bn),
         act=None if site.act is None else _join(host.name, site.act),
