@@ -93,7 +93,7 @@ def _freeze_site(host: nn.Module, site: Site, partners: dict[int, set[Any]], pac
 
 
 def _freeze_conv(host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool) -> bool:
-    """Freeze one convolution in its place, unless the folded weight leaves the range of its dtype, as in fp16 it can."""
+    """Freeze one convolution in its place, unless the folded weight leaves the range of its dtype, as fp16 may."""
     conv = host.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     with torch.no_grad():
