@@ -1,4 +1,5 @@
-"""The suites: every distinct layer of the three heads, the heads' last-layer stacks, and the whole network."""
+"""The suites: every distinct layer of the three heads, their last-layer stacks, the whole network, and a unit so small
+that what it costs to call it is all it costs."""
 
 from __future__ import annotations
 
@@ -10,8 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DTYPES, Case
-from benchmarks.models.yolov3 import HEADS, last_layer_stack, noise_image, stack_input, yolov3
+from benchmarks.harness import Case
+from benchmarks.models.yolov3 import (
+    HEADS,
+    SLOPE,
+    calibrate,
+    initialise,
+    last_layer_stack,
+    noise_image,
+    stack_input,
+    yolov3,
+)
+from benchmarks.timing import DTYPES
 
 IMAGE_SIZE = 416
 
@@ -52,10 +63,18 @@ def network_cases(heads: Sequence[int], variant: Variant) -> Iterator[PendingCas
     yield PendingCase("network: YOLOv3", partial(_network_case, variant))
 
 
+def overhead_cases(heads: Sequence[int], variant: Variant) -> Iterator[PendingCase]:
+    """One unit on next to no pixels; `heads` does not matter."""
+    yield PendingCase("overhead: one unit", partial(_overhead_case, variant))
+
+
+OVERHEAD = "overhead"
+
 SUITES: dict[str, Callable[[Sequence[int], Variant], Iterator[PendingCase]]] = {
     "layers": layer_cases,
     "stack": stack_cases,
     "network": network_cases,
+    OVERHEAD: overhead_cases,
 }
 
 
@@ -72,8 +91,8 @@ def _distinct_layers(head: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _layer_case(head: int, index: int, variant: Variant) -> Case:
-    stack = last_layer_stack(head, seed=variant.seed)
-    x = stack[:index](stack_input(head, variant.batch, variant.seed + 1))
+    stack = last_layer_stack(head, seed=variant.seed).to(variant.device)
+    x = stack[:index](stack_input(head, variant.batch, variant.seed + 1).to(variant.device))
     layer = stack[index]
     if isinstance(layer, nn.Conv2d):
         return make_case("layers", _layer_name(head, layer), nn.Sequential(OrderedDict(conv=layer)), x, variant)
@@ -94,3 +113,14 @@ def _stack_case(head: int, variant: Variant) -> Case:
 def _network_case(variant: Variant) -> Case:
     x = noise_image(IMAGE_SIZE, variant.batch, variant.seed + 1)
     return make_case("network", f"YOLOv3 {IMAGE_SIZE}x{IMAGE_SIZE}", yolov3(seed=variant.seed), x, variant)
+
+
+@torch.no_grad()
+def _overhead_case(variant: Variant) -> Case:
+    conv = nn.Conv2d(64, 64, kernel_size=1, bias=False)
+    unit = nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(64), relu=nn.LeakyReLU(SLOPE))).eval()
+    generator = torch.Generator().manual_seed(variant.seed + 1)
+    x = torch.randn(variant.batch, 64, 4, 4, generator=generator)
+    initialise(unit, variant.seed)
+    calibrate(unit, x)
+    return make_case(OVERHEAD, "4x4 1x1 64->64", unit, x, variant)

@@ -25,11 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.cases import IMAGE_SIZE, PendingCase, Variant, make_case
-from benchmarks.harness import DTYPES, Case, CaseResult, CheckedCase, Limits, device_name, versions
+from benchmarks.harness import Case, CheckedCase, Limits
 from benchmarks.models.yolov3 import HEADS, YOLOv3, yolov3
 from benchmarks.peers import COMPILED_FREEZING, CONVERTED, EAGER_CHANNELS_LAST, EAGER_NCHW, FROZEN, PEERS
+from benchmarks.record import CaseResult, device_name, versions
 from benchmarks.runner import Job, run_jobs
 from benchmarks.tables import add_notes, disturbances, plain_table, reasons, timing_cells
+from benchmarks.timing import DTYPES, method_for
 
 DEFAULT_OUTPUT = Path("out/demo.png")
 BASELINES = (EAGER_NCHW, EAGER_CHANNELS_LAST)
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(_differences(checked))
 
     jobs = _jobs(network, model, options.quick)
-    if not run_jobs(jobs, BASELINES, device, console, results.append, show_differences):
+    if not run_jobs(jobs, BASELINES, console, results.append, show_differences):
         console.print("interrupted")
         return EXIT_INTERRUPTED
     # The stacks first: the table goes from the parts to the whole.
@@ -160,13 +162,14 @@ def _plan_in_short(model: nn.Module) -> str:
 def _jobs(network: Case, model: YOLOv3, quick: bool) -> list[Job]:
     """The network first, since its check is shown first, then each head's stack on what reaches it there."""
     contenders = tuple(PEERS[name] for name in CONTENDERS)
-    jobs = [Job(_ready(network), contenders, QUICK_LIMITS if quick else NETWORK_LIMITS)]
+    method = method_for(network.x.device)
+    jobs = [Job(_ready(network), contenders, method, QUICK_LIMITS if quick else NETWORK_LIMITS)]
     stacks = (model.last_layer0, model.last_layer1, model.last_layer2)
     for head, stack, x in zip(HEADS, stacks, _inputs_of(stacks, network), strict=True):
         case = Case("stack", f"last layers {head}x{head}", stack, x)
         # Compiling takes longer than everything else here, so one stack stands for the three.
         extra = (PEERS[COMPILED_FREEZING],) if head == 13 and not quick else ()
-        jobs.append(Job(_ready(case), contenders + extra, QUICK_LIMITS if quick else STACK_LIMITS))
+        jobs.append(Job(_ready(case), contenders + extra, method, QUICK_LIMITS if quick else STACK_LIMITS))
     return jobs
 
 

@@ -1,4 +1,4 @@
-"""Checks that contenders give the right answer, then times them interleaved, and writes what was found as JSON.
+"""Checks that contenders give the right answer, and times them interleaved.
 
 A case is one model on one input. Its contenders are ways to run it. Each is compared with a float64 run of the plain
 model before its first timing; the rounds then time each contender once in a rotated order, so that a machine that
@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import math
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-SCHEMA = 1
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Output: TypeAlias = Tensor | tuple[Tensor, ...]
+from benchmarks.record import CaseResult, Quantiles, Result
+from benchmarks.timing import DTYPES, Method, Output, Prepared, Staged, Timer, first_line
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class Case:
     """One model and one input to run it on.
 
     Attributes:
-        suite: "layers", "stack" or "network".
+        suite: "layers", "stack", "network" or "overhead".
         name: what is run, in words, unique within a suite, batch and dtype.
         model: in eval mode, on the device and in the dtype to be timed.
         x: the input, contiguous, on the model's device and in its dtype.
@@ -51,18 +42,6 @@ class Case:
     @property
     def dtype(self) -> str:
         return next((name for name, dtype in DTYPES.items() if dtype == self.x.dtype), str(self.x.dtype))
-
-    @property
-    def title(self) -> str:
-        return f"{self.suite}: {self.name}, batch {self.x.shape[0]}, {self.dtype}"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A contender ready to run: `run(x)` is what is timed, `x` the input in the layout it takes."""
-
-    run: Callable[[Tensor], Output]
-    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,131 +72,30 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Quantiles:
-    """20, 50 and 80% quantiles, in milliseconds."""
-
-    p20: float
-    p50: float
-    p80: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one contender did in one case.
-
-    Attributes:
-        contender: its name.
-        status: "ok"; "wrong" if its answer failed the check; "failed" if it could not run; "interrupted" before a
-            first timing.
-        reason: why it is not "ok", in one line.
-        errors: for each of the model's outputs max|a - b| / max|b| against float64; empty where it could not run.
-        tolerance: the largest error allowed.
-        ms: latency quantiles, only where it is "ok".
-        rounds: how many timings those are from.
-        speedup: for each baseline that was timed, the baseline's median over this contender's.
-    """
-
-    contender: str
-    status: str
-    reason: str | None = None
-    errors: tuple[float, ...] = ()
-    tolerance: float | None = None
-    ms: Quantiles | None = None
-    rounds: int = 0
-    speedup: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def error(self) -> float | None:
-        return max(self.errors) if self.errors else None
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """The results of one case.
-
-    Attributes:
-        results: in the contenders' order.
-        complete: false where Ctrl-C cut the timing short.
-        disturbance: CPU time that other processes took during the timing, as a share of all cores' time; None where
-            the system does not tell. More than a few percent and the figures are of a shared machine: OpenMP's
-            threads wait for the one that lost its core.
-    """
-
-    suite: str
-    name: str
-    batch: int
-    dtype: str
-    input_shape: tuple[int, ...]
-    results: tuple[Result, ...]
-    complete: bool
-    disturbance: float | None = None
-
-
-class Timer(Protocol):
-    """Tells how long one call takes; `now` is a clock for time budgets. Both in seconds."""
-
-    def now(self) -> float: ...
-
-    def time(self, call: Callable[[], Any]) -> float: ...
-
-
-@dataclass(frozen=True)
-class WallTimer:
-    """For a device that has finished when the call returns: the CPU."""
-
-    clock: Callable[[], float] = time.perf_counter
-
-    def now(self) -> float:
-        return self.clock()
-
-    def time(self, call: Callable[[], Any]) -> float:
-        start = self.clock()
-        call()
-        return self.clock() - start
-
-
-@dataclass(frozen=True)
-class CudaTimer:
-    """Times on the GPU, between two events on the current stream."""
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def time(self, call: Callable[[], Any]) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-def timer_for(device: torch.device) -> Timer:
-    return CudaTimer() if device.type == "cuda" else WallTimer()
-
-
-@dataclass(frozen=True)
 class CheckedCase:
     """A case whose contenders have been built and checked.
 
     Attributes:
         case: the case.
+        method: how they are timed.
         verdicts: one for each contender, in order, without timings.
-        prepared: what to time, by name, for those contenders whose verdict is "ok".
+        staged: what to time, by name, for those contenders whose verdict is "ok".
     """
 
     case: Case
+    method: Method
     verdicts: tuple[Result, ...]
-    prepared: Mapping[str, Prepared]
+    staged: Mapping[str, Staged]
 
 
 @torch.no_grad()
 def check_case(
-    case: Case, contenders: Sequence[Contender], on_progress: Callable[[float], None] = lambda done: None
+    case: Case,
+    contenders: Sequence[Contender],
+    method: Method,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> CheckedCase:
-    """Build each contender, run it once and compare it with the plain model in float64.
+    """Build each contender, run it once in the form to be timed, and compare it with the plain model in float64.
 
     The float64 run has the same weights and input, already rounded to the case's dtype, so the error is that of the
     computation alone. Allowed is twice that of the plain model in the case's dtype on the contender's own input, plus
@@ -230,14 +108,14 @@ def check_case(
         reset()
     truth = _outputs(copy.deepcopy(case.model).double()(case.x.double()))
     verdicts: list[Result] = []
-    prepared: dict[str, Prepared] = {}
+    staged: dict[str, Staged] = {}
     for index, contender in enumerate(contenders):
-        verdict, ready = _check(contender, case, truth)
+        verdict, ready = _check(contender, case, method, truth)
         verdicts.append(verdict)
         if ready is not None:
-            prepared[contender.name] = ready
+            staged[contender.name] = ready
         on_progress((index + 1) / len(contenders))
-    return CheckedCase(case, tuple(verdicts), prepared)
+    return CheckedCase(case, method, tuple(verdicts), staged)
 
 
 @torch.no_grad()
@@ -254,14 +132,26 @@ def time_case(
 
     Args:
         baselines: names of contenders that ratios are computed against.
+        timer: one of the method's.
         on_progress: called with the fraction done after each round.
     """
     before = _cpu_times()
-    samples, complete = _time_rounds(checked.prepared, limits, timer, on_progress)
+    samples, complete = _time_rounds(checked.staged, limits, timer, on_progress)
     disturbance = _disturbance(before, _cpu_times())
     case, shape = checked.case, tuple(checked.case.x.shape)
     results = _with_speedups([_timed(verdict, samples) for verdict in checked.verdicts], baselines)
-    return CaseResult(case.suite, case.name, shape[0], case.dtype, shape, results, complete, disturbance)
+    return CaseResult(
+        suite=case.suite,
+        name=case.name,
+        batch=shape[0],
+        dtype=case.dtype,
+        input_shape=shape,
+        results=results,
+        complete=complete,
+        disturbance=disturbance,
+        l2=timer.l2,
+        graphs=checked.method.graphs,
+    )
 
 
 def normalised_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, ...]:
@@ -287,96 +177,22 @@ def quantiles(seconds: Sequence[float]) -> Quantiles:
     return Quantiles(*(deciles[index] * 1e3 for index in (1, 4, 7)))
 
 
-def report(
-    cases: Iterable[CaseResult], device: torch.device, settings: Mapping[str, Any], complete: bool
-) -> dict[str, Any]:
-    """Everything needed to read the figures later: commit, date, machine, versions, settings and the results.
-
-    Args:
-        complete: false where the run ended before its last case.
-    """
-    return {
-        "schema": SCHEMA,
-        **_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": platform.platform(),
-        },
-        "device": device_name(device),
-        "versions": versions(),
-        "settings": dict(settings),
-        "complete": complete,
-        "cases": [asdict(case) for case in cases],
-    }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before.
-
-    A figure that is not finite is written as a string, since JSON has no number for it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def result_path(root: Path, device: torch.device, now: datetime | None = None) -> Path:
-    """`root`/<device>/<date and time>-<commit>.json"""
-    moment = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
-    commit = _commit()["commit"]
-    return root / slug(device_name(device)) / f"{moment}-{commit[:9] if commit else 'nocommit'}.json"
-
-
-def slug(name: str) -> str:
-    """`name` in lower case with each run of other characters than letters and digits turned into one hyphen."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    """The CPU's model, as the system tells it."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        cpuinfo = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what the figures depend on; None for what is not there or does not say."""
-    onednn = re.search(r"(?:MKL-DNN|oneDNN) v(\S+)", torch.__config__.show())
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pointfuse": _pointfuse_version(),
-        "onednn": onednn[1] if onednn else None,
-        "cuda": torch.version.cuda,
-    }
-
-
-def _check(contender: Contender, case: Case, truth: Sequence[Tensor]) -> tuple[Result, Prepared | None]:
+def _check(contender: Contender, case: Case, method: Method, truth: Sequence[Tensor]) -> tuple[Result, Staged | None]:
     if case.x.device.type not in contender.devices:
         return Result(contender.name, "failed", f"does not run on {case.x.device.type}"), None
     try:
         prepared = contender.build(case.model, case.x)
-        outputs = _outputs(prepared.run(prepared.x))
+        staged = method.stage(prepared)
+        with staged.context():
+            outputs = _outputs(staged.once())
+        if case.x.is_cuda:
+            # An error of a kernel shows at the next wait: here it is known whose it is.
+            torch.cuda.synchronize(case.x.device)
     except Exception as error:
         # A contender is other people's code as well as ours: whatever stops it is a result, not the run's end.
-        return Result(contender.name, "failed", _first_line(error)), None
+        return Result(contender.name, "failed", first_line(error)), None
     verdict = _compare(contender.name, outputs, _outputs(case.model(prepared.x)), truth)
-    return verdict, prepared if verdict.status == "ok" else None
+    return verdict, staged if verdict.status == "ok" else None
 
 
 def _compare(name: str, outputs: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor]) -> Result:
@@ -396,24 +212,26 @@ def _compare(name: str, outputs: Sequence[Tensor], eager: Sequence[Tensor], trut
 
 
 def _time_rounds(
-    prepared: Mapping[str, Prepared], limits: Limits, timer: Timer, on_progress: Callable[[float], None]
+    staged: Mapping[str, Staged], limits: Limits, timer: Timer, on_progress: Callable[[float], None]
 ) -> tuple[dict[str, list[float]], bool]:
-    samples: dict[str, list[float]] = {name: [] for name in prepared}
-    names = list(prepared)
+    samples: dict[str, list[float]] = {name: [] for name in staged}
+    names = list(staged)
     gc_was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for name in names:
-            for _ in range(limits.warmup):
-                prepared[name].run(prepared[name].x)
+        for contender in staged.values():
+            with contender.context():
+                for _ in range(limits.warmup):
+                    contender.once()
         start = timer.now()
         for index in range(limits.rounds if names else 0):
             if index >= limits.min_rounds and timer.now() - start >= limits.seconds:
                 break
             turn = index % len(names)
             for name in names[turn:] + names[:turn]:
-                samples[name].append(_time_once(prepared[name], timer))
+                with staged[name].context():
+                    samples[name].append(timer.time(staged[name]))
             on_progress(min(1.0, max((index + 1) / limits.rounds, (timer.now() - start) / limits.seconds)))
     except KeyboardInterrupt:
         return samples, False
@@ -422,13 +240,6 @@ def _time_rounds(
             gc.enable()
     on_progress(1.0)
     return samples, True
-
-
-def _time_once(prepared: Prepared, timer: Timer) -> float:
-    # The untimed call brings the contender's own weights back into the cache. Without it the time would depend on
-    # whose turn came before, and on which contenders share their weights.
-    prepared.run(prepared.x)
-    return timer.time(lambda: prepared.run(prepared.x))
 
 
 def _timed(verdict: Result, samples: Mapping[str, Sequence[float]]) -> Result:
@@ -481,40 +292,3 @@ def _disturbance(before: _CpuTimes | None, after: _CpuTimes | None) -> float | N
 
 def _outputs(output: Output) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else tuple(output)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _commit() -> dict[str, Any]:
-    commit = _git("rev-parse", "--verify", "HEAD")
-    status = _git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints, or None outside a checkout, before the first commit and without git."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _pointfuse_version() -> str | None:
-    try:
-        import pointfuse
-    except ImportError:
-        return None
-    return getattr(pointfuse, "__version__", None)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,8 @@
 """The contenders: each a function from an eval model and an input to something that runs.
 
 Those that prefer channels_last get the model and the input in it, in a copy of their own. To add one, write its
-function under `@peer`; it shows in every suite, in the order of this file.
+function under `@peer`; it shows in every suite, in the order of this file. On a GPU all of them may run as CUDA graphs,
+captured by the harness: none brings graphs of its own.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import Contender, Prepared
+from benchmarks.harness import Contender
+from benchmarks.timing import Prepared
 
 EAGER_NCHW = "eager NCHW"
 EAGER_CHANNELS_LAST = "eager channels_last"
 COMPILED = "torch.compile"
 COMPILED_FREEZING = "torch.compile freezing"
+COMPILED_AUTOTUNED = "torch.compile max-autotune"
+CUDNN_GRAPH = "cuDNN graph"
 CONVERTED = "pointfuse converted"
 FROZEN = "pointfuse frozen"
+CUDA_LIVE = "pointfuse cuda live"
+CUDA_FROZEN = "pointfuse cuda"
 
 BASELINES = (EAGER_CHANNELS_LAST, COMPILED_FREEZING)
 
@@ -76,34 +85,120 @@ def compiled(model: nn.Module, x: Tensor) -> Prepared:
 
 @peer(COMPILED_FREEZING, reset=_reset_dynamo)
 def compiled_freezing(model: nn.Module, x: Tensor) -> Prepared:
+    return _compiled_frozen(model, x, {})
+
+
+@peer(COMPILED_AUTOTUNED, devices=("cuda",), reset=_reset_dynamo)
+def compiled_autotuned(model: nn.Module, x: Tensor) -> Prepared:
+    """The mode "max-autotune", with freezing, and without its own CUDA graphs, since all contenders get the same."""
+    import torch._inductor.select_algorithm as select_algorithm
+
+    # It prints a table of candidates for each layer.
+    select_algorithm.PRINT_AUTOTUNE = False
+    return _compiled_frozen(model, x, torch._inductor.list_mode_options("max-autotune-no-cudagraphs"))
+
+
+@peer(CUDNN_GRAPH, devices=("cuda",))
+def cudnn_graph(model: nn.Module, x: Tensor) -> Prepared:
+    """Batch norm folded, and each unit one graph of cuDNN's: convolution, bias and activation."""
+    from benchmarks.cudnn_graph import fuse_units
+
+    model, x = _channels_last(model, x)
+    fuse_units(model)
+    return Prepared(model, x)
+
+
+@peer(CONVERTED)
+def converted(model: nn.Module, x: Tensor) -> Prepared:
+    return Prepared(*_converted(model, x))
+
+
+@peer(FROZEN)
+def frozen(model: nn.Module, x: Tensor) -> Prepared:
+    return Prepared(*_frozen(model, x))
+
+
+@peer(CUDA_LIVE, devices=("cuda",))
+def cuda_live(model: nn.Module, x: Tensor) -> Prepared:
+    """The CUDA C++ kernels with batch norm read on every call. Convolutions outside units stay PyTorch's."""
+    import pointfuse
+
+    with _cuda_alone():
+        plan = pointfuse.plan(model)
+        if not plan.units:
+            raise ValueError("no unit to convert")
+        model, x = _converted(model, x)
+        refuse_convolutions(model, x, allowed=len(plan.skipped))
+    return Prepared(model, x, _cuda_alone)
+
+
+@peer(CUDA_FROZEN, devices=("cuda",))
+def cuda_frozen(model: nn.Module, x: Tensor) -> Prepared:
+    """The CUDA C++ kernels on a frozen model, and nothing else."""
+    with _cuda_alone():
+        model, x = _frozen(model, x)
+        refuse_convolutions(model, x, allowed=0)
+    return Prepared(model, x, _cuda_alone)
+
+
+def refuse_convolutions(model: nn.Module, x: Tensor, allowed: int) -> None:
+    """Run `model`, and raise `RuntimeError` if more than `allowed` of PyTorch's own convolutions ran in it.
+
+    What is timed under a kernel's name must be that kernel.
+    """
+    with _Convolutions() as seen:
+        model(x)
+    if len(seen.names) > allowed:
+        raise RuntimeError(f"{len(seen.names)} convolutions ran as {seen.names[0]}, {allowed} may")
+
+
+class _Convolutions(TorchDispatchMode):
+    """Keeps the names of the convolution operators that are called in its block, other than pointfuse's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if "convolution" in name and not name.startswith("pointfuse::"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _compiled_frozen(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Prepared:
     import torch._inductor.config as inductor
 
     model, x = _channels_last(model, x)
     # The option keeps this compilation apart from the plain one, whose code for the same forward would be reused. The
     # patch is for dynamo, which reads the global setting when it compiles: at the first call.
-    run = torch.compile(model, dynamic=False, options={"freezing": True})
+    run = torch.compile(model, dynamic=False, options={**options, "freezing": True})
     with inductor.patch(freezing=True):
         run(x)
     return Prepared(run, x)
 
 
-@peer(CONVERTED)
-def converted(model: nn.Module, x: Tensor) -> Prepared:
+def _converted(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     import pointfuse
 
     model, x = _channels_last(model, x)
     with warnings.catch_warnings():
         # The heads' last convolutions are timed alone too, and have nothing behind them to fuse.
         warnings.filterwarnings("ignore", "pointfuse.convert found no unit", UserWarning)
-        return Prepared(pointfuse.convert(model), x)
+        return pointfuse.convert(model), x
 
 
-@peer(FROZEN)
-def frozen(model: nn.Module, x: Tensor) -> Prepared:
+def _frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     import pointfuse
 
     x = x.to(memory_format=torch.channels_last)
-    return Prepared(pointfuse.freeze(model, example_inputs=(x,)), x)
+    return pointfuse.freeze(model, example_inputs=(x,)), x
+
+
+def _cuda_alone() -> AbstractContextManager[Any]:
+    import pointfuse
+
+    return pointfuse.use_backend("cuda", strict=True)
 
 
 def _channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:

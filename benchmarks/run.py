@@ -1,4 +1,8 @@
-"""Command line of the benchmarks: `python benchmarks/run.py --suite stack --head 13 --batch 1,8 --dtype fp32,bf16`."""
+"""Command line of the benchmarks: `python benchmarks/run.py --suite stack --head 13 --batch 1,8 --dtype fp32,bf16`.
+
+On a GPU contenders run as CUDA graphs, with the L2 cache cold and warm, and are compared with the floor: what they must
+do, at the ceilings measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from rich.console import Console
 
-from benchmarks.cases import SUITES, Variant
-from benchmarks.harness import DTYPES, CaseResult, Contender, Limits, device_name, report, result_path, write_json
+from benchmarks.cases import OVERHEAD, SUITES, Variant
+from benchmarks.harness import Contender, Limits
 from benchmarks.models.yolov3 import HEADS
 from benchmarks.peers import BASELINES, PEERS
+from benchmarks.record import CaseResult, device_name, report, result_path, write_json
+from benchmarks.roofline import measure_ceilings
 from benchmarks.runner import Job, run_jobs
-from benchmarks.tables import case_table
+from benchmarks.summary import print_summary
+from benchmarks.tables import case_table, ceilings_line, wide_console
+from benchmarks.timing import DTYPES, L2_STATES, Method, method_for, overhead_method
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 DEFAULT_LIMITS = Limits()
@@ -54,19 +61,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": options.dtype,
         "batch": options.batch,
         "limits": asdict(options.limits),
+        "graphs": options.graphs,
+        "l2": options.l2,
     }
     path = result_path(options.output, options.device)
-    console = Console()
+    console = wide_console()
     done: list[CaseResult] = []
+
+    console.print(f"{device_name(options.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    on_gpu = options.device.type == "cuda"
+    ceilings = measure_ceilings(options.device, options.dtype) if on_gpu else None
+    if ceilings is not None:
+        console.print(ceilings_line(ceilings), highlight=False)
+
+    def save(complete: bool) -> None:
+        write_json(path, report(done, options.device, settings, complete, ceilings))
 
     def keep(result: CaseResult) -> None:
         done.append(result)
         console.print(case_table(result, BASELINES))
-        write_json(path, report(done, options.device, settings, complete=False))
+        save(complete=False)
 
-    console.print(f"{device_name(options.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-    complete = run_jobs(_jobs(options), BASELINES, options.device, console, keep)
-    write_json(path, report(done, options.device, settings, complete))
+    complete = run_jobs(_jobs(options), BASELINES, console, keep, ceilings=ceilings)
+    save(complete)
+    if on_gpu:
+        print_summary(done, console)
     outcome = "saved" if complete else "interrupted; what was measured is in"
     console.print(f"{outcome} {path}", soft_wrap=True, markup=False)
     if not complete:
@@ -83,10 +102,18 @@ def _without_output(arguments: Sequence[str]) -> list[str]:
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
     return [
-        Job(pending, options.contenders, options.limits)
-        for suite, dtype, batch in itertools.product(options.suite, options.dtype, options.batch)
+        Job(pending, options.contenders, _method(suite, options), options.limits)
+        for suite, dtype in itertools.product(options.suite, options.dtype)
+        # What a call costs the host does not depend on the batch.
+        for batch in (options.batch if suite != OVERHEAD else options.batch[:1])
         for pending in SUITES[suite](options.head, Variant(batch, dtype, options.device, options.seed))
     ]
+
+
+def _method(suite: str, options: argparse.Namespace) -> Method:
+    if suite == OVERHEAD:
+        return overhead_method(options.device)
+    return method_for(options.device, options.l2 or (), bool(options.graphs))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -95,6 +122,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Time pointfuse and its peers on YOLOv3's layers, interleaved and checked against float64.",
     )
     suites, dtypes = partial(_names, accepted=SUITES), partial(_names, accepted=DTYPES)
+    states = partial(_names, accepted=L2_STATES)
     add = parser.add_argument
     add("--suite", type=suites, default=("stack",), help=f"of {', '.join(SUITES)} (default stack)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
@@ -102,6 +130,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", type=dtypes, default=("fp32",), help=f"of {', '.join(DTYPES)} (default fp32)")
     add("--head", type=_heads, default=tuple(HEADS), help=f"of {', '.join(map(str, HEADS))} (default all)")
     add("--contenders", type=_contenders, default=tuple(PEERS.values()), help=f"of {', '.join(PEERS)} (default all)")
+    add("--graphs", choices=("on", "off"), help="CUDA graphs for every contender (default on; a GPU only)")
+    add("--l2", type=states, help=f"L2 cache before a timing, of {', '.join(L2_STATES)} (default both; a GPU only)")
     add("--rounds", type=_positive_int, help=f"at most so many rounds a case (default {DEFAULT_LIMITS.rounds})")
     add("--seconds", type=_positive_seconds, help=f"of timing a case (default {DEFAULT_LIMITS.seconds:g})")
     add("--quick", action="store_true", help="a few rounds, to see that all works")
@@ -114,10 +144,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.device == "cuda" and not available:
         parser.error("argument --device: no CUDA device here; accepted: auto, cpu")
     options.device = torch.device("cuda" if options.device != "cpu" and available else "cpu")
+    _settle_for_device(options, parser)
     limits = QUICK_LIMITS if options.quick else DEFAULT_LIMITS
     given = {key: value for key in ("rounds", "seconds") if (value := getattr(options, key)) is not None}
     options.limits = replace(limits, **given)
     return options
+
+
+def _settle_for_device(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Give the options that depend on the device their defaults, and drop the contenders that cannot run on it."""
+    kind = options.device.type
+    if kind == "cuda":
+        options.graphs = options.graphs != "off"
+        options.l2 = options.l2 or L2_STATES
+    else:
+        if options.l2:
+            parser.error("argument --l2: a CPU's caches are not controlled; leave it out, or run on a CUDA device")
+        if options.graphs == "on":
+            parser.error("argument --graphs: CUDA graphs need a CUDA device; accepted here: off")
+        options.graphs = None
+    options.contenders = tuple(contender for contender in options.contenders if kind in contender.devices)
+    if not options.contenders:
+        parser.error(f"argument --contenders: none of them runs on {kind}")
 
 
 def _names(text: str, accepted: Iterable[str]) -> tuple[str, ...]:

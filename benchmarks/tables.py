@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a progress bar with the time left, and a table for each case."""
+"""What a run shows on the terminal: a progress bar with the time left, a table for each case, and two at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.harness import CaseResult, Result
+from benchmarks.peers import CUDA_FROZEN
+from benchmarks.record import CaseResult, Result
+from benchmarks.roofline import Ceilings
+from benchmarks.targets import Target, best_other, microseconds, speedup, times_floor
 
 # Above what the system's own upkeep takes on an idle machine.
 DISTURBED = 0.05
+LOG_WIDTH = 120
+
+
+def wide_console() -> Console:
+    """A console that gives tables room where the output is no terminal, as in a log."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_WIDTH)
+    return console
 
 
 def progress_bar(console: Console) -> Progress:
@@ -30,13 +42,53 @@ def progress_bar(console: Console) -> Progress:
 
 
 def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
-    """One row for each contender: latency quantiles, how many times as fast as each baseline, error; reasons below."""
-    title = f"{case.suite}: {case.name}, batch {case.batch}, {case.dtype}"
-    table = plain_table(title, "contender", "20% ms", "median ms", "80% ms", *(f"x {b}" for b in baselines), "error")
+    """One row for each contender: latency quantiles, over the floor, over each baseline, error; reasons below.
+
+    Latencies are in microseconds where all medians are below a millisecond.
+    """
+    medians = [result.ms.p50 for result in case.results if result.ms is not None]
+    unit = "us" if medians and max(medians) < 1 else "ms"
+    columns = [f"20% {unit}", f"median {unit}", f"80% {unit}", *(f"x {b}" for b in baselines), "error"]
+    if case.floor_us is not None:
+        columns.insert(3, "x floor")
+    table = plain_table(case.title, "contender", *columns)
     for result in case.results:
-        table.add_row(*timing_cells(result, baselines), "-" if result.error is None else f"{result.error:.1e}")
-    add_notes(table, [*reasons(case.results), *disturbances([case])])
+        cells = timing_cells(result, baselines, unit)
+        if case.floor_us is not None:
+            cells.insert(4, "-" if result.ms is None else f"{result.ms.p50 * 1e3 / case.floor_us:.2f}")
+        table.add_row(*cells, "-" if result.error is None else f"{result.error:.1e}")
+    floor = [] if case.floor_us is None else [f"floor: {case.floor_us:.1f} us at the ceilings measured in this run"]
+    add_notes(table, [*floor, *reasons(case.results), *disturbances([case])])
     return table
+
+
+def summary_table(cases: Sequence[CaseResult]) -> Table:
+    """One row for each case: the frozen model on the CUDA kernels, over the floor, and over the best other."""
+    table = plain_table(f"{CUDA_FROZEN}, medians", "case", "floor us", "us", "x floor", "x best other", "which is")
+    for case in cases:
+        best = best_other(case)
+        figures = [case.floor_us, microseconds(case), times_floor(case), speedup(case)]
+        cells = ["-" if figure is None else f"{figure:.2f}" for figure in figures]
+        graphs = ", no graphs" if case.graphs is False and case.l2 else ""
+        name = f"{case.suite} {case.name}, {case.batch}, {case.dtype}{f', {case.l2}' if case.l2 else ''}{graphs}"
+        table.add_row(name, *cells, best.contender if best else "-")
+    return table
+
+
+def targets_table(targets: Sequence[Target]) -> Table:
+    """One row for each target; empty where nothing was measured."""
+    table = Table(title="Targets", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("what", "target", "measured", "met"):
+        table.add_column(heading, no_wrap=heading != "measured")
+    for target in targets:
+        met = {None: "", True: "yes", False: "no"}[target.met]
+        table.add_row(*map(escape, (target.what, target.limit, target.measured or "", met)))
+    return table
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
+    rates = ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in ceilings.flops_per_second.items())
+    return f"ceilings measured: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s; matrix product {rates}"
 
 
 def plain_table(title: str, first: str, *figures: str) -> Table:
@@ -70,13 +122,14 @@ def disturbances(cases: Sequence[CaseResult]) -> list[str]:
     ]
 
 
-def timing_cells(result: Result, baselines: Sequence[str]) -> list[str]:
-    """A contender's name, its three quantiles in milliseconds, and how many times as fast as each baseline it is."""
+def timing_cells(result: Result, baselines: Sequence[str], unit: str = "ms") -> list[str]:
+    """A contender's name, its three quantiles in `unit`, and how many times as fast as each baseline it is."""
     if result.ms is None:
         return [result.contender, result.status, *["-"] * (2 + len(baselines))]
-    quantiles = [f"{ms:.{2 if ms < 1000 else 0}f}" for ms in (result.ms.p20, result.ms.p50, result.ms.p80)]
+    scale = 1e3 if unit == "us" else 1.0
+    figures = [ms * scale for ms in (result.ms.p20, result.ms.p50, result.ms.p80)]
     return [
         result.contender,
-        *quantiles,
+        *(f"{figure:.{2 if figure < 1000 else 0}f}" for figure in figures),
         *(f"{result.speedup[name]:.2f}" if name in result.speedup else "-" for name in baselines),
     ]

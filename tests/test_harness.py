@@ -17,29 +17,23 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import demo, harness, peers, run
+from benchmarks import demo, harness, peers, record, run
 from benchmarks.cases import SUITES, PendingCase, Variant
-from benchmarks.harness import (
-    Case,
+from benchmarks.harness import Case, Contender, Limits, check_case, normalised_errors, quantiles, time_case
+from benchmarks.record import (
     CaseResult,
-    Contender,
-    Limits,
-    Prepared,
     Quantiles,
     Result,
-    WallTimer,
-    check_case,
-    normalised_errors,
-    quantiles,
     report,
     result_path,
-    time_case,
     write_json,
 )
 from benchmarks.runner import Job, run_jobs
 from benchmarks.tables import case_table, disturbances
+from benchmarks.timing import Prepared, WallTimer, method_for
 
 CPU = torch.device("cpu")
+METHOD = method_for(CPU)
 
 
 @dataclass
@@ -79,9 +73,9 @@ def contender_of(name: str, change: Callable[[Tensor], Any]) -> Contender:
 
 
 def run_once(contenders: Sequence[Contender], limits: Limits, clock: FakeClock, baselines: Sequence[str]) -> CaseResult:
-    checked = check_case(small_case(), contenders)
+    checked = check_case(small_case(), contenders, METHOD)
     clock.calls.clear()
-    return time_case(checked, baselines, limits, WallTimer(clock))
+    return time_case(checked, baselines, limits, WallTimer(clock=clock))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +129,8 @@ def test_progress_reaches_the_end() -> None:
     clock = FakeClock()
     checking: list[float] = []
     timing: list[float] = []
-    checked = check_case(small_case(), [clock.contender(name, [0.001]) for name in "ab"], checking.append)
-    time_case(checked, [], Limits(rounds=4, seconds=1e9), WallTimer(clock), timing.append)
+    checked = check_case(small_case(), [clock.contender(name, [0.001]) for name in "ab"], METHOD, checking.append)
+    time_case(checked, [], Limits(rounds=4, seconds=1e9), WallTimer(clock=clock), timing.append)
     assert checking == [0.5, 1.0]
     assert timing == [0.25, 0.5, 0.75, 1.0, 1.0]
 
@@ -171,7 +165,7 @@ def test_the_error_allowed_is_twice_the_plain_models_and_a_little() -> None:
     case = small_case()
     truth = case.model.double()(case.x.double())
     own = normalised_errors([case.model.float()(case.x)], [truth])[0]
-    (verdict,) = check_case(case, [contender_of("plain", lambda y: y)]).verdicts
+    (verdict,) = check_case(case, [contender_of("plain", lambda y: y)], METHOD).verdicts
     assert verdict.error == pytest.approx(own)
     assert verdict.tolerance == pytest.approx(2 * own + 1e-6)
 
@@ -184,7 +178,7 @@ def test_a_contender_that_cannot_run_says_why() -> None:
         raise NotImplementedError
 
     contenders = [Contender("broken", build), Contender("silent", silent), Contender("gpu", build, devices=("cuda",))]
-    verdicts = check_case(small_case(), contenders).verdicts
+    verdicts = check_case(small_case(), contenders, METHOD).verdicts
     assert [verdict.status for verdict in verdicts] == ["failed"] * 3
     assert [verdict.reason for verdict in verdicts] == [
         "RuntimeError: no such kernel",
@@ -203,7 +197,7 @@ def test_each_case_begins_with_a_reset_once() -> None:
         calls.append("build")
         return Prepared(model, x)
 
-    check_case(small_case(), [Contender("a", build, reset=reset), Contender("b", build, reset=reset)])
+    check_case(small_case(), [Contender("a", build, reset=reset), Contender("b", build, reset=reset)], METHOD)
     assert calls == ["reset", "build", "build"]
 
 
@@ -242,18 +236,18 @@ def test_ctrl_c_before_the_first_timing_leaves_no_figures() -> None:
 
 
 def jobs_of(*contenders: Contender) -> list[Job]:
-    return [Job(PendingCase("small", small_case), contenders, Limits(rounds=1, warmup=0))] * 2
+    return [Job(PendingCase("small", small_case), contenders, METHOD, Limits(rounds=1, warmup=0))] * 2
 
 
 def test_ctrl_c_ends_a_run_after_the_case_it_cut_short() -> None:
     results: list[CaseResult] = []
-    assert not run_jobs(jobs_of(interrupting(after=2)), [], CPU, Console(quiet=True), results.append)
+    assert not run_jobs(jobs_of(interrupting(after=2)), [], Console(quiet=True), results.append)
     assert [result.complete for result in results] == [False]
 
 
 def test_ctrl_c_in_a_check_ends_a_run_without_that_case() -> None:
     results: list[CaseResult] = []
-    assert not run_jobs(jobs_of(interrupting(after=1)), [], CPU, Console(quiet=True), results.append)
+    assert not run_jobs(jobs_of(interrupting(after=1)), [], Console(quiet=True), results.append)
     assert results == []
 
 
@@ -263,7 +257,6 @@ def test_a_run_gives_every_case_its_check_and_its_result() -> None:
     complete = run_jobs(
         jobs,
         baselines=[],
-        device=CPU,
         console=Console(quiet=True),
         on_result=lambda result: events.append("timed"),
         on_checked=lambda checked: events.append("checked"),
@@ -286,11 +279,12 @@ def test_the_report_says_what_is_needed_to_read_it(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     write_json(path, report([example_result()], CPU, settings, complete=True))
     content = json.loads(path.read_text())
-    assert " ".join(content) == "schema commit dirty date machine device versions settings complete cases"
+    assert " ".join(content) == "schema commit dirty date machine device versions settings ceilings complete cases"
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert set(content["machine"]) == {"cpu", "cores", "threads", "system"}
     assert content["versions"]["torch"] == torch.__version__
-    assert set(content["versions"]) == {"python", "torch", "pointfuse", "onednn", "cuda"}
+    assert " ".join(content["versions"]) == "python torch pointfuse onednn cuda cudnn cudnn-frontend triton"
+    assert content["ceilings"] is None
     assert content["settings"] == settings
     eager, broken, odd = content["cases"][0]["results"]
     assert eager["ms"] == {"p20": 1.0, "p50": 2.0, "p80": 3.0}
@@ -309,7 +303,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
     def full(*arguments: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(harness.os, "replace", full)
+    monkeypatch.setattr(record.os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         write_json(path, {"run": 2})
     assert json.loads(path.read_text()) == {"run": 1}
@@ -317,8 +311,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
 
 
 def test_results_lie_in_a_folder_for_the_device_and_are_named_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "cpu_name", lambda: "AMD EPYC(tm) 9004 / 2")
-    monkeypatch.setattr(harness, "_git", lambda *arguments: "0123456789abcdef")
+    monkeypatch.setattr(record, "cpu_name", lambda: "AMD EPYC(tm) 9004 / 2")
+    monkeypatch.setattr(record, "_git", lambda *arguments: "0123456789abcdef")
     path = result_path(Path("results"), CPU, datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC))
     assert path == Path("results/amd-epyc-tm-9004-2/20300102-030405-012345678.json")
 
@@ -366,7 +360,7 @@ def test_every_case_is_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "layer"], "--suite: 'layer' is not among the accepted: layers, stack, network"),
+        (["--suite", "layer"], "--suite: 'layer' is not among the accepted: layers, stack, network, overhead"),
         (["--dtype", "fp32,fp8"], "--dtype: 'fp8' is not among the accepted: fp32, bf16, fp16"),
         (["--head", "13,14"], "--head: '14' is not among the accepted: 13, 26, 52"),
         (["--batch", "1,0"], "--batch: '0' is not a whole number of at least 1"),
@@ -407,6 +401,7 @@ def test_the_layer_suite_has_each_shape_once() -> None:
         "layers": 11,
         "stack": 3,
         "network": 1,
+        "overhead": 1,
     }
     names = [pending.build().name for pending in SUITES["layers"]((52,), variant)]
     assert names == ["52x52 1x1 384->128", "52x52 3x3 128->256", "52x52 1x1 256->128", "52x52 1x1 256->75"]
@@ -417,7 +412,7 @@ def test_a_peer_is_right_and_leaves_the_model_as_it_was(name: str) -> None:
     (pending,) = SUITES["stack"]((52,), Variant(1, "fp32", CPU))
     case = pending.build()
     before = {key: (value.clone(), value.stride()) for key, value in case.model.state_dict().items()}
-    (verdict,) = check_case(case, [peers.PEERS[name]]).verdicts
+    (verdict,) = check_case(case, [peers.PEERS[name]], METHOD).verdicts
     assert (verdict.status, verdict.reason) == ("ok", None)
     for key, value in case.model.state_dict().items():
         assert torch.equal(value, before[key][0])

@@ -1,0 +1,49 @@
+"""What the CUDA C++ kernels reached, for the cases of one run or of several files of results together.
+
+python benchmarks/summary.py benchmarks/results/DEVICE/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Run as a script, Python looks for packages in this folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from benchmarks.record import CaseResult, read_cases
+from benchmarks.tables import summary_table, targets_table, wide_console
+from benchmarks.targets import targets
+
+
+def print_summary(cases: Sequence[CaseResult], console: Console) -> None:
+    """A row for each case, and the targets."""
+    console.print(summary_table(cases))
+    console.print(targets_table(targets(cases)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the summary of the files that `argv` names; returns 0.
+
+    Raises:
+        SystemExit: with a message if a file cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/summary.py", description="What the CUDA C++ kernels reached, from files of results."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="JSON", help="written by benchmarks/run.py")
+    files = parser.parse_args(argv).files
+    try:
+        cases = [case for path in files for case in read_cases(path)]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"summary: {error}") from error
+    print_summary(cases, wide_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

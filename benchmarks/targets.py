@@ -1,0 +1,136 @@
+"""What the CUDA C++ kernels are held to on an H100, in bf16 as CUDA graphs, and whether results meet it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.cases import OVERHEAD
+from benchmarks.peers import CUDA_FROZEN
+from benchmarks.record import CaseResult, Result
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target.
+
+    Attributes:
+        what: what is measured.
+        limit: what it must be, in words.
+        measured: what it was, in words; None where the results do not say.
+        met: whether that meets it; None where the results do not say.
+    """
+
+    what: str
+    limit: str
+    measured: str | None = None
+    met: bool | None = None
+
+
+def targets(cases: Iterable[CaseResult]) -> list[Target]:
+    """Every target, with what the complete cases say of it. Of cases measured twice the last counts."""
+    bf16 = {(c.suite, c.name, c.batch, c.l2, c.graphs): c for c in cases if c.dtype == "bf16" and c.complete}
+    cold = [case for case in bf16.values() if case.graphs and case.l2 == "cold"]
+    warm = [case for case in bf16.values() if case.graphs and case.l2 == "warm"]
+    calls = [case for case in bf16.values() if case.suite == OVERHEAD and case.graphs is False]
+    layers = [case for case in cold if case.suite == "layers"]
+    return [
+        _at_most("1x1 layers, batch 64, cold: time over floor", 1.5, "", _pointwise(cold, 64), times_floor),
+        _at_most("1x1 layers, batch 1, warm: time", 4, " us", _pointwise(warm, 1), microseconds),
+        _at_least("layers, cold: best contender's time over ours", 1.0, layers, speedup),
+        _geometric_mean("the same, geometric mean", 1.3, layers, speedup),
+        *(
+            _at_most(f"13x13 stack, batch {batch}, cold: time", limit, " us", _stack(cold, batch), microseconds)
+            for batch, limit in ((1, 45), (8, 90), (64, 600))
+        ),
+        _at_most("a call, until it has launched", 10, " us", calls, microseconds),
+    ]
+
+
+def microseconds(case: CaseResult) -> float | None:
+    """Our median."""
+    return _median_us(case.result(CUDA_FROZEN))
+
+
+def times_floor(case: CaseResult) -> float | None:
+    """Our median over the floor; None where either is missing."""
+    ours = microseconds(case)
+    return None if ours is None or not case.floor_us else ours / case.floor_us
+
+
+def speedup(case: CaseResult) -> float | None:
+    """The best other contender's median over ours; None where either is missing."""
+    ours, best = microseconds(case), _median_us(best_other(case))
+    return None if ours is None or best is None else best / ours
+
+
+def best_other(case: CaseResult) -> Result | None:
+    """The fastest of the contenders that are not pointfuse's."""
+    others = [(r.ms.p50, r) for r in case.results if r.ms is not None and not r.contender.startswith("pointfuse")]
+    return min(others, key=lambda pair: pair[0])[1] if others else None
+
+
+def _median_us(result: Result | None) -> float | None:
+    return None if result is None or result.ms is None else result.ms.p50 * 1e3
+
+
+def _pointwise(cases: Sequence[CaseResult], batch: int) -> list[CaseResult]:
+    return [c for c in cases if c.suite == "layers" and c.batch == batch and " 1x1 " in c.name]
+
+
+def _stack(cases: Sequence[CaseResult], batch: int) -> list[CaseResult]:
+    return [c for c in cases if c.suite == "stack" and c.batch == batch and c.name == "13x13"]
+
+
+def _at_most(
+    what: str, limit: float, unit: str, cases: Sequence[CaseResult], figure: Callable[[CaseResult], float | None]
+) -> Target:
+    return _extreme(what, f"at most {limit}{unit}", unit, cases, figure, lambda worst: worst <= limit, max)
+
+
+def _at_least(
+    what: str, limit: float, cases: Sequence[CaseResult], figure: Callable[[CaseResult], float | None]
+) -> Target:
+    return _extreme(what, f"at least {limit}", "", cases, figure, lambda worst: worst >= limit, min)
+
+
+def _extreme(
+    what: str,
+    limit: str,
+    unit: str,
+    cases: Sequence[CaseResult],
+    figure: Callable[[CaseResult], float | None],
+    meets: Callable[[float], bool],
+    worst_of: Callable[..., tuple[float, str]],
+) -> Target:
+    """The worst of the cases against a limit; a case without a figure is worse than any."""
+    figures, missing = _figures(cases, figure)
+    if not cases:
+        return Target(what, limit)
+    if missing:
+        return Target(what, limit, f"none for {', '.join(missing)}", met=False)
+    worst, name = worst_of((value, name) for name, value in figures.items())
+    where = f" ({name}, the worst of {len(figures)})" if len(figures) > 1 else ""
+    return Target(what, limit, f"{worst:.2f}{unit}{where}", meets(worst))
+
+
+def _geometric_mean(
+    what: str, limit: float, cases: Sequence[CaseResult], figure: Callable[[CaseResult], float | None]
+) -> Target:
+    figures, missing = _figures(cases, figure)
+    if not cases:
+        return Target(what, f"at least {limit}")
+    if missing:
+        return Target(what, f"at least {limit}", f"none for {', '.join(missing)}", met=False)
+    mean = statistics.geometric_mean(figures.values())
+    return Target(what, f"at least {limit}", f"{mean:.2f} (of {len(figures)})", mean >= limit)
+
+
+def _figures(
+    cases: Sequence[CaseResult], figure: Callable[[CaseResult], float | None]
+) -> tuple[dict[str, float], list[str]]:
+    """The figure of each case that has one, by the case's name; and the names of the others."""
+    named = {f"{case.name}, batch {case.batch}": figure(case) for case in cases}
+    figures = {name: value for name, value in named.items() if value is not None}
+    return figures, [name for name in named if name not in figures]
