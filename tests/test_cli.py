@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from planner_module import load_planner
 from pointfuse import cli, doctor, functional, modules
 from pointfuse.backends import aten
 from torch import nn
@@ -174,3 +175,95 @@ def test_python_m_pointfuse() -> None:
 def test_the_sanity_check_covers_the_function_users_call() -> None:
     assert doctor.conv_bn_act is functional.conv_bn_act
     assert modules.select() is aten
+
+
+def test_doctor_lists_the_kernels_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    load_planner()
+    command = ["doctor", "--plans", NAME, "--device", "a100", "--dtype", "fp16", "--input", "2x3x24x24", "--batch", "3"]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:5] for line in lines[:4]] == [
+        ["layer", "times", "convolution", "input", "then"],
+        ["stem.0", "1", "3x3", "3->8", "3x3x24x24"],
+        ["conv", "1", "1x1", "8->8", "3x8x24x24"],
+        ["head", "1", "1x1", "8->4", "3x8x24x24"],
+    ]
+    assert "batch norm, leaky_relu" in lines[1]
+    assert "batch norm, relu, add_act" in lines[2]
+    assert "bias, identity" in lines[3]
+    assert all(" sm_80 " in line for line in lines[1:4])
+    assert lines[-1].startswith("3 convolutions on a100, fp16, channels_last, nothing cached: predicted ")
+    assert cli.main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in data["rows"]] == ["stem.0", "conv", "head"]
+    assert data["floor_us"] == sum(row["floor_us"] for row in data["rows"])
+
+
+def test_doctor_lists_the_plans_of_yolov3(capsys: pytest.CaptureFixture[str]) -> None:
+    load_planner()
+    assert cli.main(["doctor", "--plans", "yolov3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("75 convolutions on h100, bf16, channels_last, nothing cached: predicted ")
+    (stem,) = (line for line in lines if line.startswith("backbone.conv1 "))
+    assert "1x3x416x416" in stem
+    (widest,) = (line.split() for line in lines if line.startswith("last_layer0.1.conv "))
+    assert widest[1:5] == ["3", "3x3", "512->1024", "1x512x13x13"]
+
+
+class Reads(nn.Module):
+    """Its forward depends on its input's values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+class Grouped(nn.Module):
+    """A unit of ours, and a convolution that the kernels do not compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = modules.ConvBNAct2d(3, 8, kernel_size=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, padding=1, padding_mode="reflect")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.depthwise(self.unit(x))
+
+
+def test_doctor_lists_units_of_ours_and_says_what_has_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    load_planner()
+    assert cli.main(["doctor", "--plans", f"{__name__}:Grouped"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:5] == ["unit.conv", "1", "1x1", "3->8", "1x3x224x224"]
+    assert "depthwise: no plan: groups=8: the kernels take 1" in lines
+    assert lines[-1].startswith("1 convolutions on h100, bf16,")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--plans", NAME, "--device", "h1000"], "there is no device 'h1000'; the names are a100-40gb, "),
+        (["--plans", "nothing"], "MODEL is 'nothing'; it must be pkg.module:callable"),
+        (["--plans", f"{__name__}:Reads"], "Reads cannot run on an input that has a shape alone, 1x3x224x224: "),
+        (["--device", "h100"], "--device goes with --plans MODEL"),
+        (["--batch", "2"], "--batch goes with --plans MODEL"),
+    ],
+)
+def test_plans_that_cannot_be_listed_say_why(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load_planner()
+    assert cli.main(["doctor", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_package_without_its_planner_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pointfuse._plan", None)
+    assert cli.main(["doctor", "--plans", NAME]) == 2
+    assert "install it where a C++ compiler is found, with `pip install .`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_a_batch_is_a_count(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--plans", NAME, f"--batch={count}"])
+    assert f"{count!r} is no count; write a number from 1" in capsys.readouterr().err

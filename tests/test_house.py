@@ -21,6 +21,8 @@ ORDER = [
     "problem",
     "reference",
     "backends",
+    "_plan",
+    "plans",
     "ops",
     "functional",
     "folded",

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pointfuse import plans
 from pointfuse._version import __version__
 from pointfuse.convert import VerificationError, convert, plan, verification
-from pointfuse.doctor import examine
+from pointfuse.doctor import examine, kernel_plans
 
 MODEL_HELP = "pkg.module:callable that returns an nn.Module, or 'yolov3' in a source checkout"
 EXIT_CODES = "exit codes: 0 success, 1 the check failed, 2 wrong usage or a model that cannot be made, 130 interrupted"
@@ -51,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what can run here, and a sanity check of each backend")
     doctor.set_defaults(run=_doctor)
+    listing = doctor.add_argument_group("plans of the CUDA kernels; no GPU is needed")
+    listing.add_argument("--plans", metavar="MODEL", help=f"list those of a model's convolutions; {MODEL_HELP}")
+    listing.add_argument("--device", metavar="NAME", help="a GPU by name, such as h100 (the default) or a100")
+    listing.add_argument("--dtype", choices=list(plans.DTYPES), help="bf16 by default")
+    listing.add_argument("--batch", type=_count, metavar="N", help="images in the input, 1 by default")
+    listing.add_argument(
+        "--input", type=_shape, metavar="NxCxHxW", help="1x3x224x224 by default, and 416 for yolov3; --batch replaces N"
+    )
 
     plan_parser = commands.add_parser("plan", help="the units of a model, and what is left alone with the reason")
     plan_parser.set_defaults(run=_plan)
@@ -75,9 +84,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.plans is not None:
+        return _kernel_plans(arguments)
+    for name in ("device", "dtype", "batch", "input"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} goes with --plans MODEL")
     report = examine()
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0 if report.healthy else 1
+
+
+def _kernel_plans(arguments: argparse.Namespace) -> int:
+    device, dtype = arguments.device or "h100", arguments.dtype or "bf16"
+    try:
+        plans.planner().device_by_name(device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    model = _load(arguments.plans)
+    shape = arguments.input or _usual_shape(arguments.plans)
+    shape = shape if arguments.batch is None else (arguments.batch, *shape[1:])
+    try:
+        found = kernel_plans(model, shape, device, dtype)
+    except Exception as error:  # the user's own code may raise anything
+        said = f"{arguments.plans} cannot run on an input that has a shape alone, {'x'.join(map(str, shape))}"
+        raise UsageError(f"{said}: {type(error).__name__}: {error}") from error
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -89,7 +121,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     model = _load(arguments.model)
-    shape = arguments.input or ((1, 3, 416, 416) if arguments.model == "yolov3" else (1, 3, 224, 224))
+    shape = arguments.input or _usual_shape(arguments.model)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     converted = convert(model, x)
     try:
@@ -113,6 +145,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     script = _checkout() / "benchmarks" / "run.py"
     return subprocess.run([sys.executable, str(script), *arguments.rest], check=False).returncode
+
+
+def _usual_shape(model: str) -> tuple[int, ...]:
+    return (1, 3, 416, 416) if model == "yolov3" else (1, 3, 224, 224)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; write a number from 1")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:

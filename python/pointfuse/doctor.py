@@ -11,11 +11,14 @@ from importlib import metadata, util
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from pointfuse import reference
+from pointfuse import plans, reference
 from pointfuse._version import __version__
-from pointfuse.backends import VARIABLE, backends, select, use_backend
+from pointfuse.backends import VARIABLE, backends, chosen, cuda, use_backend
+from pointfuse.convert import Unit, plan, revert
 from pointfuse.functional import conv_bn_act
+from pointfuse.problem import Geometry, as_pair
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,55 @@ def examine() -> Report:
     return Report(_versions(), _devices(), _settings(), [_check(name) for name in backends()])
 
 
+def kernel_plans(model: nn.Module, input_shape: tuple[int, ...], device: str, dtype: str) -> plans.Table:
+    """The CUDA kernels' plans for every convolution that a model calls, units and others, on a device by its name.
+
+    Neither a GPU nor the model's data are used: the model moves to the meta device. Raises as :func:`plans.table`, and
+    whatever the model raises when its inputs have a shape alone.
+    """
+    model = revert(model, inplace=True).to("meta").eval()
+    x = torch.empty(input_shape, device="meta")
+    units = {unit.conv: unit for unit in plan(model, x).units}
+    calls: list[tuple[str, plans.Convolution]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+
+            def note(conv: Any, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                calls.append((name, _convolution(conv, args[0], units.get(name))))
+
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(x)
+    return plans.table(calls, device, dtype)
+
+
+def _convolution(conv: nn.Conv2d, x: Tensor, unit: Unit | None) -> plans.Convolution:
+    batch, c_in, height, width = (1,) * (4 - x.dim()) + tuple(x.shape)
+    padding = conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding, "padding")
+    return plans.Convolution(
+        input_shape=(batch, c_in, height, width),
+        c_out=conv.out_channels,
+        kernel_size=as_pair(conv.kernel_size, "kernel_size"),
+        geometry=Geometry(
+            as_pair(conv.stride, "stride"),
+            padding if conv.padding_mode == "zeros" else conv.padding_mode,
+            as_pair(conv.dilation, "dilation"),
+            conv.groups,
+        ),
+        bias=conv.bias is not None,
+        batch_norm=unit is not None and unit.bn is not None,
+        activation="identity" if unit is None else unit.activation,
+        residual=None if unit is None else unit.residual,
+    )
+
+
 def _versions() -> dict[str, str]:
     versions = {"pointfuse": __version__, "python": sys.version.split()[0], "torch": torch.__version__}
     versions["torch's CUDA"] = torch.version.cuda or "none: torch is built for the CPU"
     versions["triton"] = metadata.version("triton") if util.find_spec("triton") else "not installed"
     versions["nvcc"] = shutil.which("nvcc") or "not found"
+    for part, name in (("cuda", "CUDA kernels"), ("plan", "planner")):
+        versions[name] = cuda.build_record().get(part, "not built")
     return versions
 
 
@@ -84,9 +131,9 @@ def _settings() -> dict[str, str]:
     return {
         "oneDNN": "on" if torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn else "off",
         "bf16 on this CPU": "fast" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
-        "TF32 convolutions": "allowed" if torch.backends.cudnn.allow_tf32 else "not allowed",
+        "TF32 convolutions": "allowed" if cuda.tf32_allowed() else "not allowed",
         VARIABLE: os.environ.get(VARIABLE) or "not set (auto)",
-        "backend chosen": select().__name__.rpartition(".")[2],
+        "backend chosen": chosen(),
     }
 
 
@@ -95,13 +142,17 @@ def _check(name: str) -> BackendReport:
     if not status.usable:
         return BackendReport(name, False, status.reason, None, None)
     generator = torch.Generator().manual_seed(0)
+    device = "cpu" if name == "aten" else "cuda"
     x, weight = torch.randn(2, 24, 33, 33, generator=generator), torch.randn(16, 24, 3, 3, generator=generator)
     mean, beta = torch.randn(2, 16, generator=generator)
     var, gamma = torch.rand(2, 16, generator=generator) + 0.5
     expected, _ = reference.forward(
         *(t.double() for t in (x, weight, torch.zeros(16), mean, var, gamma, beta)), padding=1
     )
-    with use_backend(name), torch.no_grad():
-        y = conv_bn_act(x, weight, None, mean, var, gamma, beta, padding=1)
+    with use_backend(name, strict=True), torch.no_grad():
+        operands = (t.to(device) for t in (mean, var, gamma, beta))
+        y = conv_bn_act(x.to(device), weight.to(device), None, *operands, padding=1).cpu()
     error = ((y - expected).abs().max() / expected.abs().max()).item()
-    return BackendReport(name, True, "", error, error < 1e-5)
+    # TF32 keeps ten bits of each factor.
+    tolerance = 5e-3 if device == "cuda" and cuda.tf32_allowed() else 1e-5
+    return BackendReport(name, True, "", error, error < tolerance)
