@@ -372,6 +372,25 @@ def test_accuracy(dtype: torch.dtype, split_k: int, activation: str, kernel: int
     assert_as_accurate(run(case, tensors), reference(tensors, case), exact)
 
 
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """To ten bits of mantissa, halves to even."""
+    bits = t.view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("residual", [None, "add_act"])
+def test_tf32_rounds_to_nearest(kernel: int, residual: str | None) -> None:
+    """x and weight alone: what is left is fp32's own error. Truncation would shrink all of y."""
+    case = Case(c_in=264, c_out=80, dtype=TF32, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
+    case = replace(case, residual=residual)
+    tensors = {name: torch.randn_like(value) if value.dim() == 4 else value for name, value in tensors_of(case).items()}
+    actual = run(case, tensors)
+    tensors |= {name: rounded_to_tf32(tensors[name]) for name in ("x", "weight")}
+    exact = reference({name: value.double() for name, value in tensors.items()}, case)
+    assert_as_accurate(actual, reference(tensors, case), exact)
+
+
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("activation", ["identity", "leaky_relu", "relu", "relu6", "silu"])
 def test_nan_and_infinity(activation: str, split_k: int) -> None:

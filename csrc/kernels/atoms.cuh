@@ -497,20 +497,22 @@ Function* driver_function(const char* name) {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Function*>(function) : nullptr;
 }
 
-inline CUtensorMapDataType tensor_map_type(DType dtype) {
+// wgmma ignores the low 13 bits of a TF32 operand; with round_to_tf32 loads of fp32 round to nearest even before.
+inline CUtensorMapDataType tensor_map_type(DType dtype, bool round_to_tf32) {
   switch (dtype) {
     case DType::kFloat16:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     case DType::kBFloat16:
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     default:
-      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+      return round_to_tf32 ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   }
 }
 
 // A tensor of `rank` dimensions, the contiguous one first; byte_strides are those of the others. A copy moves a box.
 inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, int rank, const void* base, const int64_t* sizes,
-                                   const int64_t* byte_strides, const int32_t* box, bool swizzle_128b) {
+                                   const int64_t* byte_strides, const int32_t* box, bool swizzle_128b,
+                                   bool round_to_tf32 = false) {
   static const auto encode = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (!encode) return cudaErrorNotSupported;
   constexpr int kMaxRank = 5;
@@ -523,10 +525,11 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, int rank, const 
     box_sizes[i] = cuuint32_t(box[i]);
     element_strides[i] = 1;
   }
-  const CUresult result = encode(map, tensor_map_type(dtype), cuuint32_t(rank), const_cast<void*>(base), global_sizes,
-                                 global_strides, box_sizes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 swizzle_128b ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, tensor_map_type(dtype, round_to_tf32), cuuint32_t(rank), const_cast<void*>(base), global_sizes,
+             global_strides, box_sizes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle_128b ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -535,7 +538,7 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, int rank, const 
 inline cudaError_t make_tensor_map_im2col(TensorMap* map, DType dtype, const void* base, const int64_t sizes[4],
                                           const int64_t byte_strides[3], const int32_t lower_corner[2],
                                           const int32_t upper_corner[2], int channels_per_pixel, int pixels_per_column,
-                                          const int32_t element_strides[2]) {
+                                          const int32_t element_strides[2], bool round_to_tf32 = false) {
   static const auto encode = driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
   if (!encode) return cudaErrorNotSupported;
   cuuint64_t global_sizes[4], global_strides[3];
@@ -544,10 +547,11 @@ inline cudaError_t make_tensor_map_im2col(TensorMap* map, DType dtype, const voi
     if (i) global_strides[i - 1] = cuuint64_t(byte_strides[i - 1]);
   }
   const cuuint32_t strides[4] = {1, cuuint32_t(element_strides[0]), cuuint32_t(element_strides[1]), 1};
-  const CUresult result = encode(
-      map, tensor_map_type(dtype), 4, const_cast<void*>(base), global_sizes, global_strides, lower_corner, upper_corner,
-      cuuint32_t(channels_per_pixel), cuuint32_t(pixels_per_column), strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, tensor_map_type(dtype, round_to_tf32), 4, const_cast<void*>(base), global_sizes, global_strides,
+             lower_corner, upper_corner, cuuint32_t(channels_per_pixel), cuuint32_t(pixels_per_column), strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

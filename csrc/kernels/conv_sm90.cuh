@@ -214,6 +214,7 @@ struct ConvBlock {
         warp_sync();
         cluster_sync();
         cluster_sync();
+        fence_async_proxy();  // the blocks' reads of these sums come before what TMA writes there next
       }
       ahead = 0;
       tile = next;
@@ -558,6 +559,7 @@ struct ConvBlock {
     fence_async_proxy();  // TMA writes there next
     cluster_sync();
     finish_slice(start, place);
+    warp_sync();  // the lanes of a warp may have different numbers of rows
     cluster_sync();
   }
 

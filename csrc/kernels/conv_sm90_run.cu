@@ -38,33 +38,37 @@ struct Shape {
   }
 };
 
+// What a tensor is to the tensor cores: a factor, rounded to TF32 if it is fp32, or not theirs.
+enum class Role : bool { kFactor, kOther };
+
 // A box's rows are 128 bytes.
 template <int kRank>
-cudaError_t make_map(TensorMap* map, DType dtype, const void* base, const Shape<kRank>& shape,
+cudaError_t make_map(TensorMap* map, DType dtype, Role role, const void* base, const Shape<kRank>& shape,
                      const std::array<int32_t, kRank - 1>& outer_box) {
   int32_t box[kRank] = {kRowBytes / element_bytes(dtype)};
   std::copy(outer_box.begin(), outer_box.end(), box + 1);
-  return make_tensor_map(map, dtype, kRank, base, shape.sizes, shape.byte_strides(dtype).data(), box, true);
+  return make_tensor_map(map, dtype, kRank, base, shape.sizes, shape.byte_strides(dtype).data(), box, true,
+                         role == Role::kFactor);
 }
 
 cudaError_t make_weight_map(TensorMap* map, const Problem& p, const void* weight, const Tile& tile) {
   const int64_t tap_stride = p.kernel_w > 1 ? p.weight.width : p.weight.height;
   const Shape<3> shape{{p.c_in, p.taps(), p.c_out}, {tap_stride, p.weight.outer}};
-  return make_map<3>(map, p.dtype, weight, shape, {1, tile.block_channels});
+  return make_map<3>(map, p.dtype, Role::kFactor, weight, shape, {1, tile.block_channels});
 }
 
 // [pixel][channel]
-cudaError_t make_flat_map(TensorMap* map, const Problem& p, const void* base, const Strides& s, const Extent& e,
-                          int32_t box_pixels) {
+cudaError_t make_flat_map(TensorMap* map, const Problem& p, Role role, const void* base, const Strides& s,
+                          const Extent& e, int32_t box_pixels) {
   const Shape<2> shape{{e.channels, e.batch * e.height * e.width}, {flat_pitch(s, e)}};
-  return make_map<2>(map, p.dtype, base, shape, {box_pixels});
+  return make_map<2>(map, p.dtype, role, base, shape, {box_pixels});
 }
 
 // [n][channel][pixel]
-cudaError_t make_plane_map(TensorMap* map, const Problem& p, const void* base, const Strides& s, const Extent& e,
-                           int32_t box_channels) {
+cudaError_t make_plane_map(TensorMap* map, const Problem& p, Role role, const void* base, const Strides& s,
+                           const Extent& e, int32_t box_channels) {
   const Shape<3> shape{{e.height * e.width, e.channels, e.batch}, {s.channel, s.outer}};
-  return make_map<3>(map, p.dtype, base, shape, {box_channels, 1});
+  return make_map<3>(map, p.dtype, role, base, shape, {box_channels, 1});
 }
 
 cudaError_t make_im2col_map(TensorMap* map, const Problem& p, const void* x, const Tile& tile) {
@@ -73,22 +77,23 @@ cudaError_t make_im2col_map(TensorMap* map, const Problem& p, const void* x, con
   const int32_t upper[] = {p.padding_w - p.kernel_w + 1, p.padding_h - p.kernel_h + 1};
   const int32_t steps[] = {p.stride_w, p.stride_h};
   return make_tensor_map_im2col(map, p.dtype, x, shape.sizes, shape.byte_strides(p.dtype).data(), lower, upper,
-                                kRowBytes / element_bytes(p.dtype), tile.block_pixels, steps);
+                                kRowBytes / element_bytes(p.dtype), tile.block_pixels, steps, true);
 }
 
 cudaError_t make_output_map(TensorMap* map, const Plan& plan, const Problem& p, const void* base, const Strides& s) {
-  if (plan.x_pixel_major) return make_plane_map(map, p, base, s, y_extent(p), kWarpgroupChannels);
+  if (plan.x_pixel_major) return make_plane_map(map, p, Role::kOther, base, s, y_extent(p), kWarpgroupChannels);
   const int32_t pixels = kTiles[plan.tile].store_pixels * 2 / element_bytes(p.dtype);
-  return make_flat_map(map, p, base, s, y_extent(p), pixels);
+  return make_flat_map(map, p, Role::kOther, base, s, y_extent(p), pixels);
 }
 
 cudaError_t make_maps(TensorMaps* maps, const Plan& plan, const Problem& p, const Operands& operands) {
   const Tile& tile = kTiles[plan.tile];
   if (const cudaError_t error = make_weight_map(&maps->weight, p, operands.weight, tile)) return error;
   const cudaError_t error =
-      plan.x_pixel_major ? make_plane_map(&maps->x, p, operands.x, p.x, x_extent(p), kRowBytes / element_bytes(p.dtype))
-      : flat_x(p)        ? make_flat_map(&maps->x, p, operands.x, p.x, x_extent(p), tile.block_pixels)
-                         : make_im2col_map(&maps->x, p, operands.x, tile);
+      plan.x_pixel_major
+          ? make_plane_map(&maps->x, p, Role::kFactor, operands.x, p.x, x_extent(p), kRowBytes / element_bytes(p.dtype))
+      : flat_x(p) ? make_flat_map(&maps->x, p, Role::kFactor, operands.x, p.x, x_extent(p), tile.block_pixels)
+                  : make_im2col_map(&maps->x, p, operands.x, tile);
   if (error || !plan.tensor_store) return error;
   if (const cudaError_t error = make_output_map(&maps->y, plan, p, operands.y, p.y)) return error;
   if (p.residual == Residual::kNone) return cudaSuccess;

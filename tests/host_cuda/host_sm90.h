@@ -117,13 +117,21 @@ inline void barrier_wait(Barrier* barrier, int parity) {
 
 namespace host {
 
+inline void round_chunk(char* chunk) {
+  float numbers[kChunkBytes / sizeof(float)];
+  std::memcpy(numbers, chunk, kChunkBytes);
+  for (float& number : numbers) number = tf32_by_tma(number);
+  std::memcpy(chunk, numbers, kChunkBytes);
+}
+
 // Writes a box from byte `first` of a view of shared memory on.
-inline void write_box(char* view, int64_t first, bool swizzled, const std::vector<Chunk>& chunks) {
+inline void write_box(char* view, int64_t first, bool swizzled, bool round_to_tf32, const std::vector<Chunk>& chunks) {
   for (const Chunk& chunk : chunks) {
     char* destination = view + place(first + chunk.offset, swizzled);
     std::memset(destination, 0, kChunkBytes);
     if (chunk.end > chunk.begin)
       std::memcpy(destination + chunk.begin, chunk.global + chunk.begin, size_t(chunk.end - chunk.begin));
+    if (round_to_tf32) round_chunk(destination);
   }
 }
 
@@ -134,12 +142,12 @@ inline void load_box(const char* name, void* shared, Barrier* barrier, const Ten
   check_chunks(chunks, name);
   state(block, barrier, name);
   const int64_t first = static_cast<char*>(shared) - block.shared;
-  const bool swizzled = map.swizzled;
+  const bool swizzled = map.swizzled, rounded = map.round_to_tf32;
   const std::array<char*, 2> views{block.shared, block.async_view.data()};
   for (char* view : views)
     if (host_cuda::options().late) std::memset(view + first, host_cuda::kPoison, size_t(map.box_bytes()));
   auto perform = [=, &block, chunks = std::move(chunks)] {
-    for (char* view : views) write_box(view, first, swizzled, chunks);
+    for (char* view : views) write_box(view, first, swizzled, rounded, chunks);
     host_cuda::BarrierState& arrived = block.barriers.at(barrier);
     arrived.bytes -= int64_t(chunks.size()) * kChunkBytes;
     complete_if_due(arrived);
@@ -151,6 +159,7 @@ inline void store_box(const char* name, const TensorMap& map, const void* shared
   host_cuda::Block& block = *host_cuda::current().block;
   check_shared(block, shared, map.box_bytes(), 128, name);
   check_chunks(chunks, name);
+  if (map.round_to_tf32) fail(format("%s: through a map that rounds", name));
   const char* view = block.async_view.data();
   const int64_t first = static_cast<const char*>(shared) - block.shared;
   const bool swizzled = map.swizzled;

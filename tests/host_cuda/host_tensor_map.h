@@ -16,7 +16,7 @@ struct alignas(64) TensorMap {
   int rank, element_bytes;
   int64_t sizes[kMaxRank], byte_strides[kMaxRank];  // of a missing dimension: 1, 0
   int box[kMaxRank];                                // im2col: channels and pixels
-  bool swizzled, im2col;
+  bool swizzled, im2col, round_to_tf32;
   int lower_corner[2], upper_corner[2], element_strides[2];  // w, h
 
   int64_t box_bytes() const {
@@ -45,11 +45,13 @@ inline std::string check_tensor(const TensorMap& map) {
   return "";
 }
 
-inline TensorMap empty_map(DType dtype, int rank, const void* base, const int64_t* sizes, const int64_t* byte_strides) {
+inline TensorMap empty_map(DType dtype, int rank, const void* base, const int64_t* sizes, const int64_t* byte_strides,
+                           bool round_to_tf32) {
   TensorMap map{};
   map.base = static_cast<const char*>(base);
   map.rank = rank;
   map.element_bytes = element_bytes(dtype);
+  map.round_to_tf32 = round_to_tf32 && dtype == DType::kFloat32;
   std::fill_n(map.sizes, TensorMap::kMaxRank, 1);
   std::fill_n(map.box, TensorMap::kMaxRank, 1);
   std::copy_n(sizes, rank, map.sizes);
@@ -130,9 +132,10 @@ inline std::vector<Chunk> im2col_chunks(const char* name, const TensorMap& map, 
 }  // namespace host
 
 inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, int rank, const void* base, const int64_t* sizes,
-                                   const int64_t* byte_strides, const int32_t* box, bool swizzle_128b) {
+                                   const int64_t* byte_strides, const int32_t* box, bool swizzle_128b,
+                                   bool round_to_tf32 = false) {
   if (rank < 1 || rank > TensorMap::kMaxRank) return host::refuse(cudaErrorInvalidValue, "make_tensor_map: rank");
-  *map = host::empty_map(dtype, rank, base, sizes, byte_strides);
+  *map = host::empty_map(dtype, rank, base, sizes, byte_strides, round_to_tf32);
   map->swizzled = swizzle_128b;
   std::copy_n(box, rank, map->box);
   std::string wrong = host::check_tensor(*map);
@@ -144,8 +147,8 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, int rank, const 
 inline cudaError_t make_tensor_map_im2col(TensorMap* map, DType dtype, const void* base, const int64_t sizes[4],
                                           const int64_t byte_strides[3], const int32_t lower_corner[2],
                                           const int32_t upper_corner[2], int channels_per_pixel, int pixels_per_column,
-                                          const int32_t element_strides[2]) {
-  *map = host::empty_map(dtype, 4, base, sizes, byte_strides);
+                                          const int32_t element_strides[2], bool round_to_tf32 = false) {
+  *map = host::empty_map(dtype, 4, base, sizes, byte_strides, round_to_tf32);
   map->swizzled = map->im2col = true;
   map->box[0] = channels_per_pixel;
   map->box[1] = pixels_per_column;

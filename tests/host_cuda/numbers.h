@@ -66,6 +66,12 @@ inline uint32_t to_tf32(float value) {
   return (bits_of_float(value) + 0x1000) & ~0x1fffu;
 }
 
+// As TMA rounds to TF32: to nearest even; infinities and NaN stay.
+inline float tf32_by_tma(float value) {
+  const uint32_t bits = bits_of_float(value);
+  return std::isfinite(value) ? float_of_bits((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu) : value;
+}
+
 // What the tensor cores make of a 32-bit operand.
 inline float tf32_operand(uint32_t bits) { return float_of_bits(bits & ~0x1fffu); }
 

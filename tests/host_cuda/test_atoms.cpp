@@ -739,6 +739,29 @@ TEST(tma_loads_tiles) {
   });
 }
 
+TEST(tma_rounds_to_tf32_where_asked) {
+  alignas(16) static const float x[8] = {
+      1.0f + 0x1p-11f, 1.0f + 0x3p-11f, -1.0f - 0x1.002p-11f, 0x1.fffffep0f, INFINITY, NAN, 0x1p-149f, 3.0f};
+  const float wanted[8] = {1.0f, 1.0f + 0x1p-9f, -1.0f - 0x1p-10f, 2.0f, INFINITY, NAN, 0.0f, 3.0f};
+  const int64_t sizes[2] = {8, 1}, byte_strides[1] = {32};
+  const int box[2] = {8, 1};
+  for (const bool rounds : {false, true}) {
+    TensorMap map;
+    CHECK(make_tensor_map(&map, DType::kFloat32, 2, x, sizes, byte_strides, box, false, rounds) == cudaSuccess);
+    uint16_t before[16], after[16];
+    run(
+        block_of(64, kMaxBoxBytes + 8),
+        +[](const TensorMap map, uint16_t* before, uint16_t* after) {
+          load_and_copy(before, after, 32,
+                        [&](Barrier* barrier) { tensor_load_2d(shared_memory(), &map, barrier, 0, 0); });
+        },
+        map, before, after);
+    float loaded[8];
+    std::memcpy(loaded, after, sizeof(loaded));
+    for (int i = 0; i < 8; ++i) CHECK_EQUAL(bits_of_float(loaded[i]), bits_of_float(rounds ? wanted[i] : x[i]));
+  }
+}
+
 struct ConvCase {
   int channels, width, height, batch, kernel, stride, padding;
 };
