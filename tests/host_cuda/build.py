@@ -1,7 +1,11 @@
-"""Builds the kernels for the emulator, as a Python module, with the host's C++ compiler and ninja."""
+"""Builds the kernels for tests, as a Python module: for the emulator with the host's compiler, for a GPU with nvcc.
+
+Both have ``run``; see ``run_binding.cpp``. The tensors are the CPU's for the emulator, and the GPU's for a GPU.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -11,6 +15,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -18,48 +23,65 @@ ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 SOURCES = [HERE / "run_binding.cpp", *sorted(KERNELS.glob("*.cu"))]
 BUILD = ROOT / "build" / "host_cuda"
-NAME = "pointfuse_host_cuda"
 
 RULES = """\
-cxx = {cxx}
+compiler = {compiler}
 flags = {flags}
 rule compile
-  command = $cxx -x c++ -MMD -MF $out.d $flags -c $in -o $out
+  command = $compiler {language} -MMD -MF $out.d $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared $in -o $out
+  command = $compiler -shared $in -o $out
 """
 
 
 @functools.cache
 def emulator() -> ModuleType:
-    """The module of ``run_binding.cpp``, built where it is missing or older than its sources."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    library = BUILD / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    (BUILD / "build.ninja").write_text(_ninja_file(library))
-    done = subprocess.run([_program("ninja"), "-C", BUILD, library.name], capture_output=True, text=True, check=False)
+    """The kernels in the emulator, built where missing or older than their sources; skips without a compiler."""
+    flags = [f"-I{HERE}", "-DPOINTFUSE_HOST_CUDA", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    return _module("pointfuse_host_cuda", BUILD, _program(os.environ.get("CXX", "c++")), flags, "-x c++")
+
+
+@functools.cache
+def gpu() -> ModuleType:
+    """The kernels on the GPU; skips without nvcc or CuTe's headers."""
+    cute = [Path(sysconfig.get_path(name)) / "cutlass_library/source/include" for name in ("purelib", "platlib")]
+    if not cute[0].is_dir() and not cute[1].is_dir():
+        pytest.skip("CuTe's headers (nvidia-cutlass) are not installed")
+    major, minor = torch.cuda.get_device_capability()
+    target = "90a" if (major, minor) == (9, 0) else "80"
+    flags = ["-O3", f"-gencode=arch=compute_{target},code=[sm_{target},compute_{target}]"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-isystem {path}" for path in cute)]
+    return _module("pointfuse_on_gpu", BUILD.with_name("on_gpu"), _program("nvcc"), flags, "-x cu")
+
+
+def _module(name: str, folder: Path, compiler: str, flags: list[str], language: str) -> ModuleType:
+    folder.mkdir(parents=True, exist_ok=True)
+    library = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [KERNELS, sysconfig.get_path("include"), Path(torch.__file__).parent / "include"]
+    flags = ["-std=c++17", f"-DPOINTFUSE_TEST_MODULE={name}", *(f"-I{path}" for path in includes), *flags]
+    lines = [RULES.format(compiler=compiler, language=language, flags=" ".join(flags))]
+    lines += [f"build {source.stem}.o: compile {source}" for source in SOURCES]
+    lines += [f"build {library}: link {' '.join(f'{source.stem}.o' for source in SOURCES)}", ""]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building
+        (folder / "build.ninja").write_text("\n".join(lines))
+        command = [_program("ninja"), "-C", folder, library]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the kernels do not compile for the emulator:\n{done.stdout}{done.stderr}")
-    spec = importlib.util.spec_from_file_location(NAME, library)
-    assert spec is not None and spec.loader is not None
+        raise RuntimeError(f"the kernels do not compile for tests:\n{done.stdout}{done.stderr}")
+    spec = importlib.util.spec_from_file_location(name, folder / library)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _ninja_file(library: Path) -> str:
-    includes = [HERE, KERNELS, sysconfig.get_path("include"), Path(torch.__file__).parent / "include"]
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPOINTFUSE_HOST_CUDA", *(f"-I{path}" for path in includes)]
-    objects = {source: f"{source.stem}.o" for source in SOURCES}
-    lines = [f"build {target}: compile {source}" for source, target in objects.items()]
-    lines.append(f"build {library.name}: link {' '.join(objects.values())}")
-    return RULES.format(cxx=os.environ.get("CXX", "c++"), flags=" ".join(flags)) + "\n".join(lines) + "\n"
-
-
 def _program(name: str) -> str:
     path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if path is None:
-        raise RuntimeError(f"the emulator is built with {name}, which is not on the PATH")
+        pytest.skip(f"{name} is needed to build the kernels for tests, and is not on the PATH")
     return path

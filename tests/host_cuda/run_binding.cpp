@@ -1,4 +1,5 @@
-// The kernels in the emulator, for Python: run() plans one candidate and launches it on tensors given by address.
+// The kernels for Python's tests, in the emulator or on a GPU: run() plans one candidate, launches it on tensors given
+// by address, and waits for it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +17,63 @@ namespace py = pybind11;
 using namespace pointfuse;
 
 namespace {
+
+// ---- What differs between the emulator and a GPU.
+
+#if defined(POINTFUSE_HOST_CUDA)
+
+void forget_memory() { host_cuda::clear_global(); }
+void announce_memory(const void* base, size_t bytes) { host_cuda::register_global(base, bytes); }
+void set_options(bool late, uint64_t seed) { host_cuda::options() = {late, seed}; }
+std::string failure(cudaError_t error) { return error == cudaSuccess ? "" : host_cuda::last_error(); }
+int32_t architecture() { return 90; }
+
+// Filled with NaN.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : memory_((static_cast<size_t>(bytes) + sizeof(float4) - 1) / sizeof(float4)) {
+    std::memset(memory_.data(), 0xff, memory_.size() * sizeof(float4));
+    announce_memory(memory_.data(), static_cast<size_t>(bytes));
+  }
+  void* data() { return memory_.data(); }
+
+ private:
+  std::vector<float4> memory_;
+};
+
+#else
+
+void forget_memory() {}
+void announce_memory(const void*, size_t) {}
+void set_options(bool, uint64_t) {}
+std::string failure(cudaError_t error) {
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+int32_t architecture() {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+  return 10 * major + minor;
+}
+
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    if (bytes > 0) cudaMalloc(&memory_, static_cast<size_t>(bytes));
+    if (memory_) cudaMemset(memory_, 0xff, static_cast<size_t>(bytes));
+  }
+  ~Workspace() { cudaFree(memory_); }
+  void* data() { return memory_; }
+
+ private:
+  void* memory_ = nullptr;
+};
+
+#endif
+
+// ---- A unit from Python
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
@@ -50,8 +108,8 @@ struct Tensor {
     strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
     dtype = dtype_of(py::str(tensor.attr("dtype")).cast<std::string>().substr(sizeof("torch.") - 1));
     const py::object storage = tensor.attr("untyped_storage")();
-    host_cuda::register_global(reinterpret_cast<char*>(storage.attr("data_ptr")().cast<uintptr_t>()),
-                               storage.attr("nbytes")().cast<size_t>());
+    announce_memory(reinterpret_cast<char*>(storage.attr("data_ptr")().cast<uintptr_t>()),
+                    storage.attr("nbytes")().cast<size_t>());
   }
 
   Strides four() const { return {strides.at(0), strides.at(1), strides.at(2), strides.at(3)}; }
@@ -124,27 +182,27 @@ py::dict described(const Plan& plan) {
 // kernel for its general path where the vectorised one would do, `grid` the sm_90 kernel for so many blocks.
 py::dict run_unit(const py::dict& tensors, const py::dict& options, const std::string& kernel, int tile, int split_k,
                   bool general, int64_t grid, bool late, uint64_t seed) {
-  host_cuda::clear_global();
+  forget_memory();
   Unit unit = unit_of(tensors, options);
   const Kernel which = kernel == "sm80" ? Kernel::kSm80 : Kernel::kSm90;
-  Plan plan = make_plan(unit.problem, *device_by_name("h100"), which, tile, split_k);
+  Device device = *device_by_name("h100");
+  device.architecture = architecture();
+  Plan plan = make_plan(unit.problem, device, which, tile, split_k);
   if (plan.refusal) throw py::value_error(plan.refusal);
   if (general) plan.vectorised = false;
   if (grid > 0) plan.grid = grid;
 
-  std::vector<float4> workspace((static_cast<size_t>(plan.workspace_bytes) + sizeof(float4) - 1) / sizeof(float4));
-  std::memset(workspace.data(), 0xff, workspace.size() * sizeof(float4));  // NaN
+  Workspace workspace(plan.workspace_bytes);
   unit.operands.workspace = workspace.data();
-  host_cuda::register_global(workspace.data(), static_cast<size_t>(plan.workspace_bytes));
-  host_cuda::options().late = late;
-  host_cuda::options().seed = seed;
-  if (run(plan, unit.problem, unit.operands, nullptr) != cudaSuccess) throw std::runtime_error(host_cuda::last_error());
+  set_options(late, seed);
+  const std::string message = failure(run(plan, unit.problem, unit.operands, nullptr));
+  if (!message.empty()) throw std::runtime_error(message);
   return described(plan);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(pointfuse_host_cuda, module) {
+PYBIND11_MODULE(POINTFUSE_TEST_MODULE, module) {
   module.def("run", &run_unit, py::arg("tensors"), py::arg("options"), py::kw_only(), py::arg("kernel"),
              py::arg("tile"), py::arg("split_k") = 1, py::arg("general") = false, py::arg("grid") = 0,
              py::arg("late") = true, py::arg("seed") = 0);
