@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Each makes .venv on first use and installs what it needs.
+# make demo | test | lint | clean. Each makes .venv on first use, installs what it needs and builds what has changed.
 # `make test VENV= PYTHON=python3` uses that interpreter's own packages and installs nothing.
 
 PYTHON ?= python3
@@ -6,6 +6,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Its models are test subjects. Installed without its dependencies, so that it cannot replace torch.
 TORCHVISION ?= torchvision==0.28.0
+# CuTe's headers, for building the CUDA kernels. Its dependencies are those of its Python tools.
+CUTLASS ?= nvidia-cutlass==4.2.*
+COMPUTE_SANITIZER ?= compute-sanitizer
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -24,24 +27,46 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean check-python check-packages
+.PHONY: help demo test build sanitize lint format clean check-python check-packages
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
-demo: PACKAGES = torch matplotlib PIL rich
-test: PACKAGES = torch numpy pytest pytest_cov hypothesis matplotlib PIL rich
+PACKAGES = torch setuptools
+demo: PACKAGES = torch setuptools matplotlib PIL rich
+sanitize: PACKAGES = torch setuptools pytest
+test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis matplotlib PIL rich
 lint format: PACKAGES = torch mypy ruff
 
 help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
 	@echo "make test    every test, with coverage"
+	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
+	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  apply the formatters"
 	@echo "make clean   remove .venv and everything built"
 
-demo: $(READY)
+demo: build
 	$(PY) benchmarks/demo.py $(DEMO_ARGS)
 
-test: $(READY)
+# Incremental: a second when nothing has changed.
+build: $(READY)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+test: build
 	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)
+
+# Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
+# kernels too, which write what ours read.
+sanitize: build
+	@command -v $(COMPUTE_SANITIZER) >/dev/null || { \
+	  echo "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit"; exit 1; }
+	@$(PY) -c 'import sys; from pointfuse.backends import cuda; \
+	  reason = cuda.unusable_reason(); sys.exit(reason and f"make sanitize needs a GPU: {reason}")'
+	@for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 9 \
+	    $$([ $$tool = initcheck ] || echo --kernel-name kns=pointfuse) \
+	    $(PY) -m pytest --quiet tests/test_gpu.py -k reduced $(PYTEST_ARGS) || exit; \
+	done
 
 lint: $(READY)
 	$(BIN)ruff check .
@@ -55,7 +80,7 @@ format: $(READY)
 	@$(CXX_FILES) | xargs -r $(BIN)clang-format -i
 
 clean:
-	rm -rf .venv build dist out python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv build dist out python/*.egg-info python/pointfuse/*.so python/pointfuse/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:
@@ -69,11 +94,12 @@ check-packages: check-python
 	  sys.exit(f"{sys.executable} lacks {missing}: install them, or run make without VENV= to have .venv made" \
 	           if missing else 0)' $(PACKAGES)
 
-$(VENV)/.ready: pyproject.toml setup.py | check-python
+$(VENV)/.ready: pyproject.toml | check-python
 	rm -f $@
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --upgrade setuptools
+	$(PY) -m pip install --quiet --upgrade setuptools ninja pybind11
 	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench,dev]'
-	$(PY) -m pip install --quiet --no-deps $(TORCHVISION)
+	# The kernels are built by `make build`, which shows its progress.
+	POINTFUSE_BUILD_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[bench,dev]'
+	$(PY) -m pip install --quiet --no-deps $(TORCHVISION) '$(CUTLASS)'
 	touch $@
