@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -105,15 +106,22 @@ def test_the_repository_speaks_of_the_project_alone() -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for folder in ("python", "tests", "benchmarks"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_build.json")
+    for folder in ("python", "csrc", "tests", "benchmarks"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uncompiled() -> dict[str, str]:
+    """An environment in which nothing is compiled; test_build.py holds the wheel with compiled parts."""
+    return {**os.environ, "POINTFUSE_BUILD_CUDA": "0", "CXX": "no-compiler"}
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, uncompiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -127,16 +135,15 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         target,
         source,
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=uncompiled)
     (built,) = target.glob("*.whl")
     return built
 
 
 def test_the_wheel_holds_the_package_and_no_test_or_benchmark(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    expected = {f"pointfuse/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")} | {
-        "pointfuse/py.typed"
-    }
+    expected = {f"pointfuse/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py*") if p.suffix != ".pyc"}
+    expected |= {"pointfuse/py.typed", "pointfuse/_build.json"}
     inside = {n for n in names if ".dist-info/" not in n}
     assert inside == expected
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA"))).decode()
@@ -144,17 +151,19 @@ def test_the_wheel_holds_the_package_and_no_test_or_benchmark(wheel: Path) -> No
     assert "\nVersion: 0.1.0\n" in metadata
 
 
-def test_the_sdist_builds_the_same_package(source: Path, tmp_path: Path) -> None:
+def test_the_sdist_builds_the_same_package(source: Path, uncompiled: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("build")
     subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source],
         check=True,
         capture_output=True,
+        env=uncompiled,
     )
     (built,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(built) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")} <= names
     assert {f"python/pointfuse/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")} <= names
 
 

@@ -2,14 +2,16 @@
 
 import pointfuse.ops  # noqa: F401  registers torch.ops.pointfuse
 from pointfuse._version import __version__
-from pointfuse.backends import BackendStatus, backends, use_backend
-from pointfuse.convert import Plan, VerificationError, convert, freeze, plan, revert
+from pointfuse.backends import BackendStatus, FallbackWarning, backends, use_backend
+from pointfuse.convert import NewShapeWarning, Plan, VerificationError, convert, freeze, plan, revert
 from pointfuse.functional import conv_bn_act
 from pointfuse.modules import ConvBNAct2d
 
 __all__ = [
     "BackendStatus",
     "ConvBNAct2d",
+    "FallbackWarning",
+    "NewShapeWarning",
     "Plan",
     "VerificationError",
     "__version__",

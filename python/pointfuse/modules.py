@@ -106,7 +106,11 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The unit's output ``[batch, c_out, h_out, w_out]`` for ``x`` of ``[batch, c_in, height, width]``."""
-        return run_unit(x, self.conv, self.bn, self.act, residual, self.residual_order)
+        # By attribute each would cost 0.7 us, more than the checks of a call together.
+        children = self._modules
+        conv = children["conv"]
+        assert conv is not None
+        return run_unit(x, conv, children.get("bn"), children.get("act"), residual, self.residual_order)
 
     def extra_repr(self) -> str:
         return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
@@ -146,7 +150,8 @@ def run_unit(
             geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
             operands = None if bn is None else running_statistics(bn)
             if operands is None or operands.running_mean is not None:
-                return select().conv_bn_act(x, conv.weight, conv.bias, operands, activation, geometry, *rest)
+                weight, bias = _parameters(conv)
+                return select().conv_bn_act(x, weight, bias, operands, activation, geometry, *rest)
     return _compose(x, conv, bn, act, residual, residual_order, residual_inplace)
 
 
@@ -205,7 +210,19 @@ def has_hooks(module: nn.Module) -> bool:
 def running_statistics(bn: nn.Module) -> BatchNorm:
     """The operands of a batch norm in evaluation mode, as they are now."""
     assert isinstance(bn, nn.BatchNorm2d)
-    return BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+    try:
+        mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    except KeyError:
+        mean, var = bn.running_mean, bn.running_var
+    return BatchNorm(mean, var, *_parameters(bn), False, 0.0, bn.eps)
+
+
+def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Any, Any]:
+    """Weight and bias; those that are no parameters of their own, as a parametrisation's, by attribute."""
+    try:
+        return module._parameters["weight"], module._parameters["bias"]
+    except KeyError:
+        return module.weight, module.bias
 
 
 def _compose(

@@ -3,6 +3,9 @@
 It is the inference form, batch norm with running statistics, for graphs that must keep the unit whole (torch.export,
 C++): eager code calls :func:`pointfuse.conv_bn_act`, which spares the dispatcher's 7 us. Batch norm is left out where
 ``running_mean`` is absent.
+
+``_conv_bn_act_cuda`` is private to the cuda backend, whose library implements it; its schema and what tracing sees of
+it stand here.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pointfuse import reference
-from pointfuse.backends import select
+from pointfuse.backends import cuda, select
 from pointfuse.problem import Activation, BatchNorm, Geometry, as_pair, check_activation, check_residual_order
 
 _SCHEMA = (
@@ -118,6 +121,25 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("pointfuse::conv_bn_act", _backward, setup_context=_setup_context, lib=_library)
+
+
+_library.define(
+    "_conv_bn_act_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
+    "Tensor? residual, int config, float eps, float negative_slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("pointfuse::_conv_bn_act_cuda", lib=_library)
+def _conv_bn_act_cuda_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    config = args[6]
+    stride, padding = cuda.stride_and_padding(config)
+    plane = Geometry(as_pair(stride, "stride"), as_pair(padding, "padding")).output_plane(x.shape, weight.shape)
+    formats = {torch._prims_common.suggest_memory_format(t) for t in (x, weight)}
+    channels_last = cuda.asks_channels_last(config) or torch.channels_last in formats
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (x.shape[0], weight.shape[0], *plane)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -65,6 +65,10 @@ class Activation(NamedTuple):
 IDENTITY = Activation("identity")
 
 
+class Refused(Exception):
+    """A backend does not serve a call; the message says why. Never raised to users: ATen serves the call instead."""
+
+
 def check_activation(name: str) -> None:
     """Raise ``ValueError`` unless ``name`` is a known activation."""
     if name not in ACTIVATIONS:

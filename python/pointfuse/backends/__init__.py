@@ -1,24 +1,41 @@
-"""The backends by name: which are usable here, which one serves a device, and how a user chooses.
+"""The backends by name: which are usable here, which one serves a call, and how a user chooses.
 
-A backend is a module with ``conv_bn_act`` and ``unusable_reason``. No backend imports another.
+A backend is a module with ``conv_bn_act``, ``min_input`` and ``unusable_reason``. One other than ATen raises
+``Refused`` for calls that it does not serve, and ATen serves those. No backend imports another.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
-from pointfuse.backends import aten
+import torch
+from torch import Tensor, nn
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten}
+from pointfuse.backends import aten, cuda
+from pointfuse.problem import Refused
+
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "aten": aten}
 NAMES = ("auto", "cuda", "triton", "aten")
 VARIABLE = "POINTFUSE_BACKEND"
+STRICT_VARIABLE = "POINTFUSE_STRICT"
+# What "auto" may take on a GPU, best first: backends whose kernels have been measured there.
+AUTOMATIC: tuple[str, ...] = ()
 
-# A plain global, as torch.backends' flags are: torch.compile guards on it, where it cannot read a ContextVar.
+# Plain globals, as torch.backends' flags are: torch.compile guards on them, where it cannot read a ContextVar.
 _requested = os.environ.get(VARIABLE) or "auto"
+_strict = os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
+_preferred: dict[str, Preferred] = {}
+_announced: set[tuple[str, str]] = set()
+
+
+class FallbackWarning(UserWarning):
+    """A backend that was asked for by name does not serve a call; PyTorch's own operators served it."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +52,93 @@ def backends() -> dict[str, BackendStatus]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     """Run the units of this block on one backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"aten"``.
 
-    The choice is the process's, like the flags of ``torch.backends``; the environment variable ``POINTFUSE_BACKEND``
-    makes it for a whole run. Raises ``ValueError`` for an unknown name and ``RuntimeError`` for a backend that cannot
-    run here.
+    PyTorch's own operators serve the calls that the backend does not, such as grouped convolutions; that is said once
+    a reason, as a :class:`FallbackWarning`, and raises ``RuntimeError`` instead with ``strict``.
+
+    The choice is the process's, like the flags of ``torch.backends``; the environment variables ``POINTFUSE_BACKEND``
+    and ``POINTFUSE_STRICT=1`` make it for a whole run. Raises ``ValueError`` for an unknown name and ``RuntimeError``
+    for a backend that cannot run here.
     """
-    global _requested
+    global _requested, _strict
     _check(name, f"use_backend({name!r})")
-    before, _requested = _requested, name
+    before = _requested, _strict
+    _requested, _strict = name, strict
     try:
         yield
     finally:
-        _requested = before
+        _requested, _strict = before
 
 
-def select() -> ModuleType:
-    """The backend that serves the next unit: the one asked for, else the best usable one."""
-    if _requested not in ("auto", "aten"):
+class Preferred:
+    """A backend that is asked first, with ATen behind it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module = BACKENDS[name]
+        self.min_input = self.module.min_input
+
+    def conv_bn_act(self, *unit: Any) -> Tensor:
+        """The unit, as ``aten.conv_bn_act`` takes and answers it."""
+        try:
+            return self.module.conv_bn_act(*unit)
+        except Refused as refused:
+            reason = str(refused)
+        if _strict:
+            self._announce(reason)
+        # A wrong call gets PyTorch's own error before anything is said.
+        y = aten.conv_bn_act(*unit)
+        self._announce(reason)
+        return y
+
+    def frozen_conv_act(self, *unit: Any, channels_last: bool) -> Tensor | None:
+        """A frozen unit, whose weight never changes and whose bias may be fp32; ``None`` where ATen has to serve it."""
+        try:
+            return self.module.conv_bn_act(*unit, frozen=True, channels_last=channels_last)
+        except Refused as refused:
+            self._announce(str(refused))
+            return None
+
+    def _announce(self, reason: str) -> None:
+        # "auto" takes whatever is best, and that is not worth a word.
+        if _requested == "auto":
+            return
+        if _strict:
+            raise RuntimeError(f"the {self.name} backend does not serve this call: {reason}")
+        if (self.name, reason) not in _announced and not torch.compiler.is_compiling():
+            _announced.add((self.name, reason))
+            warnings.warn(
+                f"pointfuse: PyTorch's own operators serve calls that the {self.name} backend does not: {reason}",
+                FallbackWarning,
+                stacklevel=3,
+            )
+
+
+def select() -> ModuleType | Preferred:
+    """What serves the next unit: the ATen backend, or another with ATen behind it."""
+    if _requested == "aten" or (_requested == "auto" and not AUTOMATIC):
+        return aten
+    if _requested == "auto":
+        usable = [name for name in AUTOMATIC if _status(name).usable]
+        return _prefer(usable[0]) if usable else aten
+    if _requested not in _preferred:
         _check(_requested, f"{VARIABLE}={_requested}")
-    return aten
+    return _prefer(_requested)
+
+
+def chosen() -> str:
+    """The name of what :func:`select` gives."""
+    backend = select()
+    return backend.name if isinstance(backend, Preferred) else "aten"
+
+
+def backend_for(conv: nn.Conv2d) -> str:
+    """The name of the backend that would serve a convolution's unit now, as far as the module tells."""
+    backend = select()
+    serves = isinstance(backend, Preferred) and backend.module.conv_refusal(conv) is None
+    return chosen() if serves else "aten"
 
 
 def fallback_reason(device_type: str) -> str | None:
@@ -63,9 +146,19 @@ def fallback_reason(device_type: str) -> str | None:
     if device_type != "cuda" or _requested != "auto":
         return None
     found = {name: _status(name) for name in ("cuda", "triton")}
-    if any(status.usable for status in found.values()):
+    usable = [name for name, status in found.items() if status.usable]
+    if any(name in AUTOMATIC for name in usable):
         return None
+    if usable:
+        name = usable[0]
+        return f"the {name} backend has not been measured on a GPU yet; pointfuse.use_backend({name!r}) asks for it"
     return "; ".join(f"{name}: {status.reason}" for name, status in found.items())
+
+
+def _prefer(name: str) -> Preferred:
+    if name not in _preferred:
+        _preferred[name] = Preferred(name)
+    return _preferred[name]
 
 
 def _status(name: str) -> BackendStatus:

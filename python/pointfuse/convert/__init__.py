@@ -9,15 +9,25 @@ import torch
 from torch import nn
 
 from pointfuse.backends import fallback_reason
-from pointfuse.convert import verification
+from pointfuse.convert import graphs, verification
 from pointfuse.convert.freezing import freeze_hosts, own_tensors
-from pointfuse.convert.hosts import install, is_frozen, is_host, refuse_training, shared_copy, uninstall, warn_once
+from pointfuse.convert.graphs import NewShapeWarning
+from pointfuse.convert.hosts import (
+    install,
+    is_frozen,
+    is_host,
+    refuse_training,
+    replay_graphs,
+    shared_copy,
+    uninstall,
+    warn_once,
+)
 from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d
 
-__all__ = ["Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
+__all__ = ["NewShapeWarning", "Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
 
 
 def plan(model: nn.Module, example_inputs: ExampleInputs = None) -> Plan:
@@ -102,6 +112,7 @@ def freeze(
     *,
     pack: bool = True,
     memory_format: torch.memory_format = torch.channels_last,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """The fastest form for inference: batch norms folded into weights, weights packed, channels_last inside.
 
@@ -120,6 +131,11 @@ def freeze(
             torch.export and torch.jit.trace.
         memory_format: in which the frozen convolutions work and answer, as after
             ``model.to(memory_format=torch.channels_last)``; values and shapes do not depend on it.
+        cuda_graph: on a CUDA device, replay the whole model as one CUDA graph for each shape of its inputs, captured at
+            the first call with that shape (here, for the example inputs), of which a :class:`NewShapeWarning` tells.
+            Sixteen shapes at most; further ones run without. Inputs may be any tree of tensors and constants; outputs
+            are copies. A forward that reads values from the GPU, or does other than its inputs' shapes determine, must
+            not be captured. Settings such as TF32 are those of the capture.
 
     Returns:
         the frozen model. Batch norms that do not follow a convolution, or that normalise with the batch's own
@@ -128,8 +144,10 @@ def freeze(
     _check(model, "freeze")
     if model.training:
         raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
+    if cuda_graph:
+        graphs.check_device(model)
     if is_frozen(model):
-        return model
+        return _graphed(model if inplace else _copy(model), None) if cuda_graph else model
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
     _announce_fallback(model)
@@ -142,15 +160,27 @@ def freeze(
     own_tensors(model, originals)
     model.requires_grad_(False)
     refuse_training(model)
+    if cuda_graph:
+        _graphed(model, example_inputs)
     if expected is not None:
         verification.compare(expected, verification.outputs(model, example_inputs))
+    return model
+
+
+def _graphed(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
+    """Make a frozen model replay graphs, and capture the first one, of which nothing need be said."""
+    captured = replay_graphs(model)
+    if example_inputs is not None:
+        captured.announce = False
+        verification.outputs(model, example_inputs)
+        captured.announce = True
     return model
 
 
 def _announce_fallback(model: nn.Module) -> None:
     for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())}:
         if reason := fallback_reason(device_type):
-            warn_once(f"units on {device_type} run PyTorch's own operators, since no other backend can run ({reason})")
+            warn_once(f"units on {device_type} run PyTorch's own operators ({reason})")
 
 
 def _check(model: nn.Module, function: str) -> None:

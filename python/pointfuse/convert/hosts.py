@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pointfuse.convert.graphs import Capture, ShapeGraphs
 from pointfuse.convert.matching import Trace, trace_host
 from pointfuse.convert.structure import run_sequence, runs_of
 from pointfuse.convert.tracing import Untraceable
@@ -24,6 +25,7 @@ _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
 _STALE = "_pointfuse_stale"
 _RUNS = "_pointfuse_runs"
+_GRAPHS = "_pointfuse_graphs"
 # A forward that reads an attribute which changes on every call is not worth tracing again and again.
 _MAX_STALE = 8
 
@@ -33,7 +35,7 @@ class _Host:
 
     _pointfuse_class: type[nn.Module]
     _pointfuse_forward: Callable[..., Any]
-    _pointfuse_kind: tuple[bool, bool]
+    _pointfuse_kind: tuple[bool, bool, bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the own class's: a registry of its subclasses is not to hold ours."""
@@ -42,7 +44,7 @@ class _Host:
         state = self.__getstate__()
         if isinstance(state, dict):
             # Generated code does not travel.
-            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS)}
+            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS, _GRAPHS)}
         return _restore, (self._pointfuse_class, *self._pointfuse_kind), state
 
     def __setstate__(self, state: Any) -> None:
@@ -58,6 +60,24 @@ class _Frozen:
         if mode:
             raise RuntimeError(NO_TRAINING)
         return super().train(mode)  # type: ignore[misc]
+
+
+class _Graphed:
+    """Replays CUDA graphs, and forgets them when the tensors they read are replaced."""
+
+    _pointfuse_ungraphed: Callable[..., Any]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        graphs_of(self).clear()  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        graphs_of(self).clear()  # type: ignore[arg-type]
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+
+def _graphed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return graphs_of(self).call(self._pointfuse_ungraphed, args, kwargs)
 
 
 def _sequential_forward(self: Any, input: Any) -> Any:
@@ -118,12 +138,12 @@ def _trace_again(module: nn.Module) -> Trace | None:
     return trace
 
 
-_CLASSES: dict[tuple[type[nn.Module], bool, bool], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool, bool, bool], type[nn.Module]] = {}
 
 
-def host_class(cls: type[nn.Module], fused: bool, frozen: bool) -> type[nn.Module]:
-    """The subclass of an unconverted class whose forward runs ``fused``, or that refuses to train, or both."""
-    made = _CLASSES.get((cls, fused, frozen))
+def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -> type[nn.Module]:
+    """The subclass of an unconverted class whose forward runs ``fused``, that refuses to train, or replays graphs."""
+    made = _CLASSES.get((cls, fused, frozen, graphed))
     if made is not None:
         return made
     body: dict[str, Any] = {
@@ -132,13 +152,16 @@ def host_class(cls: type[nn.Module], fused: bool, frozen: bool) -> type[nn.Modul
         "__doc__": cls.__doc__,
         "_pointfuse_class": cls,
         "_pointfuse_forward": cls.forward,
-        "_pointfuse_kind": (fused, frozen),
+        "_pointfuse_kind": (fused, frozen, graphed),
     }
     if fused:
         own = _sequential_forward if cls.forward is nn.Sequential.forward else _traced_forward
         body["forward"] = functools.wraps(cls.forward)(own)
-    bases = (_Frozen, _Host, cls) if frozen else (_Host, cls)
-    return _CLASSES.setdefault((cls, fused, frozen), type(cls.__name__, bases, body))
+    if graphed:
+        body["_pointfuse_ungraphed"] = body.get("forward", cls.forward)
+        body["forward"] = functools.wraps(cls.forward)(_graphed_forward)
+    bases = (*((_Graphed,) if graphed else ()), *((_Frozen,) if frozen else ()), _Host, cls)
+    return _CLASSES.setdefault((cls, fused, frozen, graphed), type(cls.__name__, bases, body))
 
 
 def is_host(module: nn.Module) -> bool:
@@ -171,16 +194,29 @@ def is_frozen(module: nn.Module) -> bool:
     return isinstance(module, _Frozen)
 
 
+def replay_graphs(module: nn.Module, capture: Capture | None = None) -> ShapeGraphs:
+    """Make one module run as a graph for each shape of its inputs, in place."""
+    _set_class(module, graphed=True)
+    graphs = module.__dict__[_GRAPHS] = ShapeGraphs(capture)
+    return graphs
+
+
+def graphs_of(module: nn.Module) -> ShapeGraphs:
+    """The graphs of a module that runs by them; a copy of it, and one that was pickled, starts without any."""
+    return module.__dict__.setdefault(_GRAPHS, ShapeGraphs())
+
+
 def uninstall(module: nn.Module) -> None:
     """Give one converted module its own class back."""
-    for name in (_TRACES, _EXAMPLE, _STALE, _RUNS):
+    for name in (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS):
         module.__dict__.pop(name, None)
     module.__class__ = own_class(module)
 
 
-def _set_class(module: nn.Module, fused: bool = False, frozen: bool = False) -> None:
-    was_fused, was_frozen = module._pointfuse_kind if isinstance(module, _Host) else (False, False)
-    module.__class__ = host_class(own_class(module), fused or was_fused, frozen or was_frozen)
+def _set_class(module: nn.Module, fused: bool = False, frozen: bool = False, graphed: bool = False) -> None:
+    was = module._pointfuse_kind if isinstance(module, _Host) else (False, False, False)
+    kind = [now or before for now, before in zip((fused, frozen, graphed), was, strict=True)]
+    module.__class__ = host_class(own_class(module), *kind)
 
 
 def trace_both(
@@ -203,8 +239,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *held)})
 
 
-def _restore(cls: type[nn.Module], fused: bool, frozen: bool) -> nn.Module:
-    kind = host_class(cls, fused, frozen)
+def _restore(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool = False) -> nn.Module:
+    kind = host_class(cls, fused, frozen, graphed)
     return kind.__new__(kind)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pointfuse.backends import select
+from pointfuse.backends import backend_for
 from pointfuse.convert.hosts import trace_both
 from pointfuse.convert.matching import Trace
 from pointfuse.convert.structure import Site, hosts, is_sequential, match_sequential, original_forward
@@ -243,7 +243,7 @@ def _unit(host: HostPlan, site: Site, shapes: dict[int, tuple[torch.Size, torch.
         dilation=conv.dilation,
         groups=conv.groups,
         dtype=str(next(conv.parameters()).dtype).removeprefix("torch."),
-        backend=select().__name__.rpartition(".")[2],
+        backend=backend_for(conv),
         input_shape=None if seen is None else tuple(seen[0]),
         output_shape=None if seen is None else tuple(seen[1]),
     )

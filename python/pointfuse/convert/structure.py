@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pointfuse.backends import select
+from pointfuse.backends import aten, select
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import activation_of, bn_refusal, conv_refusal, run_unit
 from pointfuse.problem import IDENTITY, Activation
@@ -67,7 +67,7 @@ def own_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 class Run:
     """A unit in a sequence of modules: its modules in order, and the operands of ``run_unit``.
 
-    ``min_input`` is the number of input elements from which fusing may pay.
+    ``min_input`` is the number of input elements from which ATen may gain by fusing; other backends are always asked.
     """
 
     modules: tuple[nn.Module, ...]
@@ -98,7 +98,7 @@ def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
     parts = tuple(m for m in (conv, bn, act) if m is not None)
     if len(parts) == 1:
         return None
-    return Run(parts, conv, bn, act, select().min_input(conv, bn) if isinstance(conv, nn.Conv2d) else 0)
+    return Run(parts, conv, bn, act, aten.min_input(conv, bn) if isinstance(conv, nn.Conv2d) else 0)
 
 
 def runs_of(modules: Sequence[nn.Module]) -> list[Run | nn.Module]:
@@ -117,7 +117,7 @@ def run_sequence(grouped: Sequence[Run | nn.Module], x: Any) -> Any:
     for step in grouped:
         if isinstance(step, nn.Module):
             x = step(x)
-        elif isinstance(x, Tensor) and x.numel() >= step.min_input:
+        elif isinstance(x, Tensor) and (x.numel() >= step.min_input or select() is not aten):
             x = run_unit(x, step.conv, step.bn, step.act)
         else:
             for module in step.modules:

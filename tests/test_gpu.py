@@ -1,0 +1,196 @@
+"""What only a GPU can show: devices, streams, capture, sizes. `make sanitize` runs the reduced set of this file."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pointfuse
+import pytest
+import torch
+from pointfuse.backends import cuda
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.models.yolov3 import last_layer_stack
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(cuda.unusable_reason()), reason=f"no GPU to run on: {cuda.unusable_reason()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_backend() -> Iterator[None]:
+    with torch.device("cuda"), pointfuse.use_backend("cuda", strict=True), torch.no_grad():
+        yield
+
+
+def unit(kernel: int = 1, c_in: int = 64, c_out: int = 32, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    made = pointfuse.ConvBNAct2d(c_in, c_out, kernel, padding=kernel // 2, negative_slope=0.1).eval().to(dtype)
+    assert made.bn is not None
+    made.bn.running_mean.normal_()
+    made.bn.running_var.uniform_(0.5, 2)
+    return made
+
+
+def stack() -> nn.Module:
+    """The last layers of YOLOv3's 13x13 head."""
+    with torch.device("cpu"):
+        return last_layer_stack(13).eval().cuda().bfloat16()
+
+
+def assert_right(y: Tensor, module: nn.Module, x: Tensor) -> None:
+    with pointfuse.use_backend("aten"):
+        expected = module(x)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+# Small, and at least one of each: kernel, dtype, layout, split K, tails. `make sanitize` runs these under each tool.
+REDUCED = {
+    "1x1 throughput": (dict(kernel=1, c_in=64, c_out=128), (4, 64, 26, 26)),
+    "1x1 latency, K split": (dict(kernel=1, c_in=512, c_out=64), (1, 512, 13, 13)),
+    "3x3": (dict(kernel=3, c_in=64, c_out=75), (1, 64, 13, 13)),
+    "tails": (dict(kernel=1, c_in=24, c_out=75), (2, 24, 7, 7)),
+    "fp16": (dict(kernel=3, c_in=32, c_out=64, dtype=torch.float16), (1, 32, 9, 9)),
+    "tf32": (dict(kernel=1, c_in=64, c_out=64, dtype=torch.float32), (1, 64, 13, 13)),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(("options", "shape"), REDUCED.values(), ids=REDUCED)
+def test_reduced(options: dict, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    module = unit(**options)
+    x = torch.randn(shape, dtype=module.conv.weight.dtype).to(memory_format=memory_format)
+    assert_right(module(x), module, x)
+
+
+def test_a_call_neither_synchronises_nor_allocates_but_its_output() -> None:
+    module, x = unit(), torch.randn(8, 64, 26, 26, dtype=torch.bfloat16)
+    module(x)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        y = module(x)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_right(y, module, x)
+
+
+def test_the_current_stream_is_used() -> None:
+    module, x = unit(), torch.randn(8, 64, 52, 52, dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        changed = x + 1
+        y = module(changed)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_right(y, module, x + 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_the_device_of_the_tensors_is_used() -> None:
+    module, x = unit().to("cuda:1"), torch.randn(2, 64, 13, 13, dtype=torch.bfloat16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    y = module(x)
+    assert y.device == x.device
+    assert torch.cuda.current_device() == 0
+    assert_right(y, module, x)
+
+
+def test_units_are_captured_in_a_graph_and_read_live_statistics() -> None:
+    module, x = unit(3), torch.randn(1, 64, 13, 13, dtype=torch.bfloat16)
+    module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    module.bn.running_mean.add_(1)
+    x.normal_()
+    graph.replay()
+    assert_right(y, module, x)
+
+
+def test_threads_share_the_backend() -> None:
+    module, failures = unit(), []
+
+    def work(size: int) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                x = torch.randn(2, 64, size, size, dtype=torch.bfloat16, device="cuda")
+                torch.cuda.current_stream().synchronize()
+                expected = F.leaky_relu(module.bn(module.conv(x)), 0.1)
+                for _ in range(50):
+                    torch.testing.assert_close(module(x), expected, rtol=2e-2, atol=2e-2)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in (7, 13, 26, 13)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def test_more_than_2_to_the_31_elements(memory_format: torch.memory_format) -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("24 GB of GPU memory are not free")
+    module = unit(1, 32, 32)
+    x = torch.randn(1, 32, 1, 1, dtype=torch.bfloat16).expand(1, 32, 8200, 8200).contiguous(memory_format=memory_format)
+    y = module(x)
+    assert y.numel() > 1 << 31
+    assert torch.equal(y[0, :, 0, 0], y[0, :, -1, -1])
+    assert_right(y[:, :, -4:, -4:], module, x[:, :, -4:, -4:])
+
+
+def test_memory_that_runs_out_leaves_the_library_usable() -> None:
+    module = unit()
+    free = torch.cuda.mem_get_info()[0]
+    side = int((free / (64 * 2)) ** 0.5 * 1.05)
+    x = torch.zeros(1, 64, 1, 1, dtype=torch.bfloat16).expand(1, 64, side, side)
+    wide = pointfuse.ConvBNAct2d(64, 256, 1).eval().bfloat16()
+    with pytest.raises(torch.OutOfMemoryError):
+        wide(x)
+    x = torch.randn(1, 64, 13, 13, dtype=torch.bfloat16)
+    assert_right(module(x), module, x)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "cuda graph"])
+def test_the_13x13_stack_is_frozen(cuda_graph: bool) -> None:
+    model = stack()
+    x = torch.randn(1, 1024, 13, 13, dtype=torch.bfloat16)
+    frozen = pointfuse.freeze(model, x, cuda_graph=cuda_graph)
+    for _ in range(3):
+        x = torch.randn(1, 1024, 13, 13, dtype=torch.bfloat16)
+        y, expected = frozen(x), model(x)
+        assert (y - expected).abs().max() < 0.05 * expected.abs().max()
+    if cuda_graph:
+        with pytest.warns(pointfuse.NewShapeWarning, match="2x1024x13x13 bfloat16 are new"):
+            frozen(torch.cat([x, x]))
+        outputs = [frozen(x), frozen(x + 1)]
+        assert not torch.equal(*outputs)
+
+
+def test_graphs_of_one_model_may_be_replayed_on_several_streams() -> None:
+    model = stack()
+    shapes = [(1, 1024, 13, 13), (2, 1024, 13, 13)]
+    inputs = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    frozen = pointfuse.freeze(model, inputs[0], cuda_graph=True)
+    with pytest.warns(pointfuse.NewShapeWarning):
+        frozen(inputs[1])
+    expected = [model(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    outputs = []
+    for _ in range(20):
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(frozen(x))
+    torch.cuda.synchronize()
+    for i, y in enumerate(outputs):
+        assert (y - expected[i % 2]).abs().max() < 0.05 * expected[i % 2].abs().max()
