@@ -160,6 +160,9 @@ def freeze(
     own_tensors(model, originals)
     model.requires_grad_(False)
     refuse_training(model)
+    for device in {t.device for t in model.buffers() if t.is_cuda}:
+        # The kernels fetch a frozen weight ahead of their turn in the stream: whatever wrote it must have ended.
+        torch.cuda.synchronize(device)
     if cuda_graph:
         _graphed(model, example_inputs)
     if expected is not None:
