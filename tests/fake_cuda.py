@@ -87,7 +87,7 @@ class FakeCuda:
             "Event": lambda **kwargs: FakeEvent(self),
             "Stream": lambda device=None: FakeStream(self, "side"),
             "CUDAGraph": lambda: FakeGraph(self),
-            "graph": lambda graph, pool, stream: FakeCapture(graph, pool, stream),
+            "graph": lambda graph, pool, stream, capture_error_mode="global": FakeCapture(graph, pool, stream),
             "stream": lambda stream: self._on(stream),
         }
         for name, replacement in replacements.items():

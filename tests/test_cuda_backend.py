@@ -489,3 +489,46 @@ def test_a_refusal_is_the_backends_own_affair() -> None:
     norm = BatchNorm(*vectors(4), True, 0.1, 1e-5)
     with pytest.raises(Refused, match="batch norm uses the batch's own statistics"):
         cuda.conv_bn_act(torch.zeros(1, 4, 2, 2), torch.zeros(4, 4, 1, 1), None, norm, IDENTITY, Geometry())
+
+
+# (c_in, c_out, plane, kernel, stride, padding) of YOLOv3's heads, ResNet-50 and Inception-ResNet-v2, the odd planes and
+# channel counts among them; the largest are left to a GPU, since the emulator takes a second for 10^8 products.
+LAYERS = {
+    "YOLOv3 13x13 1x1": (1024, 512, 13, 1, 1, 0),
+    "YOLOv3 13x13 head": (1024, 255, 13, 1, 1, 0),
+    "YOLOv3 13x13 head, VOC": (1024, 75, 13, 1, 1, 0),
+    "YOLOv3 26x26 1x1": (768, 256, 26, 1, 1, 0),
+    "YOLOv3 52x52 1x1": (384, 128, 52, 1, 1, 0),
+    "YOLOv3 52x52 3x3": (128, 256, 52, 3, 1, 1),
+    "YOLOv3 first": (3, 32, 33, 3, 1, 1),
+    "YOLOv3 down": (64, 128, 26, 3, 2, 1),
+    "ResNet-50 reduce": (256, 64, 56, 1, 1, 0),
+    "ResNet-50 shortcut": (256, 512, 28, 1, 2, 0),
+    "ResNet-50 3x3": (512, 512, 7, 3, 1, 1),
+    "Inception-ResNet-v2 stem": (64, 80, 35, 1, 1, 0),
+    "Inception-ResNet-v2 stem 3x3": (80, 192, 35, 3, 1, 0),
+    "Inception-ResNet-v2 block17": (1088, 192, 17, 1, 1, 0),
+    "Inception-ResNet-v2 block17 up": (384, 1088, 17, 1, 1, 0),
+    "Inception-ResNet-v2 block8": (2080, 192, 8, 1, 1, 0),
+    "Inception-ResNet-v2 mixed": (1088, 24, 7, 1, 1, 0),
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layers_of_real_networks_are_exact_by_the_plan_chosen(
+    layer: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    """Small integers and powers of two, so that bf16's one rounding is the exact result's."""
+    c_in, c_out, plane, kernel, stride, padding = layer
+    x = torch.randint(-2, 3, (1, c_in, plane, plane)).bfloat16().to(memory_format=memory_format)
+    weight = torch.randint(-2, 3, (c_out, c_in, kernel, kernel)).bfloat16().to(memory_format=memory_format)
+    mean, beta = torch.randint(-3, 4, (2, c_out)).bfloat16()
+    var, gamma = torch.tensor([0.25, 1.0, 4.0, 16.0]).bfloat16()[torch.randint(4, (2, c_out))]
+    with torch.no_grad():
+        y = conv_bn_act(
+            x, weight, None, mean, var, gamma, beta, eps=1e-30, negative_slope=0.5, stride=stride, padding=padding
+        )
+        z = F.conv2d(x.float(), weight.float(), None, stride, padding).double()
+        z = F.batch_norm(z, *(t.double() for t in (mean, var, gamma, beta)), False, 0.0, 1e-30)
+    assert torch.equal(y, F.leaky_relu(z, 0.5).bfloat16())

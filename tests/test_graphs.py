@@ -6,14 +6,15 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pointfuse
 import pytest
 import torch
+from fake_cuda import POOL, FakeCuda
 from pointfuse.convert import graphs
-from pointfuse.convert.graphs import NewShapeWarning, ShapeGraphs
+from pointfuse.convert.graphs import GpuCapture, NewShapeWarning, ShapeGraphs
 from pointfuse.convert.hosts import graphs_of, replay_graphs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -258,3 +259,48 @@ def test_freeze_captures_the_example_inputs_in_silence(monkeypatch: pytest.Monke
     with pytest.warns(NewShapeWarning):
         again(x)
     assert capture.captured == 3
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return fake
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_a_capture_follows_warm_ups_on_a_stream_of_its_own(cuda: FakeCuda) -> None:
+    capture, y = GpuCapture(), torch.zeros(1)
+    replay, outputs = capture(lambda: cuda.launch(1e-6, lambda: y.add_(1)) or y, DEVICE)
+    assert cuda.log == ["side waits for main", *["kernel on side"] * 3, "main waits for side", "capture on side"]
+    assert cuda.stream == "main"
+    replay()
+    assert outputs.item() == 4
+
+
+def test_a_capture_that_fails_leaves_everything_usable(cuda: FakeCuda) -> None:
+    capture, calls = GpuCapture(), []
+
+    def reads_a_value() -> None:
+        calls.append(1)
+        if len(calls) > 3:  # not while it warms up
+            torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError, match="CUDA error") as caught:
+        capture(reads_a_value, DEVICE)
+    assert "raised while capturing the model as a CUDA graph" in caught.value.__notes__[0]
+    assert cuda.stream == "main"
+    assert cuda.ended == [(0, POOL)]
+    capture(lambda: None, DEVICE)
+
+
+def test_replays_of_one_model_take_turns_across_streams(cuda: FakeCuda) -> None:
+    capture = GpuCapture()
+    for name in ("main", "main", "other", "main"):
+        cuda.stream = name
+        with capture.in_turn(DEVICE):
+            pass
+    assert cuda.log == ["other waits for main", "main waits for other"]

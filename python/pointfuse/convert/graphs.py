@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
@@ -48,7 +49,8 @@ class GpuCapture:
         self._last: torch.cuda.Stream | None = None
 
     def __call__(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
-        with torch.cuda.device(device):
+        # The current stream is entered too: a capture that fails does not put it back.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             # Libraries choose algorithms and allocate on their first calls, which a capture forbids.
@@ -56,12 +58,23 @@ class GpuCapture:
                 for _ in range(_WARM_UPS):
                     run()
             torch.cuda.current_stream().wait_stream(stream)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            pool = self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on allocating meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = run()
+            try:
+                # Other threads may go on allocating meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except Exception as error:
+                self._forget_pool(device)
+                error.add_note("raised while capturing the model as a CUDA graph, which cuda_graph=True asked for")
+                raise
         return graph.replay, outputs
+
+    def _forget_pool(self, device: torch.device) -> None:
+        """Tell the allocator that the capture is over, which some versions of torch forget when it fails."""
+        pool, self._pool = self._pool, None
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
 
     @contextmanager
     def in_turn(self, device: torch.device) -> Iterator[None]:
