@@ -150,6 +150,19 @@ def test_parametrised_weights_are_read_live() -> None:
         torch.testing.assert_close(unit(x), sequential(unit)(x), rtol=1e-5, atol=1e-5)
 
 
+def test_statistics_that_are_plain_attributes_are_read() -> None:
+    unit, x = make_unit(), torch.randn(X)
+    assert unit.bn is not None
+    for name, value in (
+        ("running_mean", torch.randn(unit.bn.num_features)),
+        ("running_var", torch.rand(unit.bn.num_features) + 0.5),
+    ):
+        delattr(unit.bn, name)
+        setattr(unit.bn, name, value)
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x), sequential(unit)(x))
+
+
 @pytest.mark.parametrize("order", ["add_act", "act_add"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_residual(order: str, grad: bool) -> None:
