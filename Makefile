@@ -9,6 +9,8 @@ TORCHVISION ?= torchvision==0.28.0
 # CuTe's headers, for building the CUDA kernels. Its dependencies are those of its Python tools.
 CUTLASS ?= nvidia-cutlass==4.2.*
 COMPUTE_SANITIZER ?= compute-sanitizer
+# What runs on a GPU besides the emulator.
+GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -27,7 +29,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build sanitize lint format clean check-python check-packages
+.PHONY: help demo test build sanitize gpu-check lint format clean check-python check-packages check-gpu
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
@@ -40,6 +42,7 @@ help:
 	@echo "make test    every test, with coverage"
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
 	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
+	@echo "make gpu-check  all that only a GPU can show: tests, sanitize, and the layers' and stacks' benchmark"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  apply the formatters"
 	@echo "make clean   remove .venv and everything built"
@@ -56,17 +59,24 @@ test: build
 
 # Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
 # kernels too, which write what ours read.
-sanitize: build
+sanitize: check-gpu
 	@command -v $(COMPUTE_SANITIZER) >/dev/null || { \
 	  echo "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit"; exit 1; }
-	@$(PY) -c 'import sys; from pointfuse.backends import cuda; \
-	  reason = cuda.unusable_reason(); sys.exit(reason and f"make sanitize needs a GPU: {reason}")'
 	@for tool in memcheck racecheck synccheck initcheck; do \
 	  echo "compute-sanitizer --tool $$tool"; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 9 \
 	    $$([ $$tool = initcheck ] || echo --kernel-name kns=pointfuse) \
 	    $(PY) -m pytest --quiet tests/test_gpu.py -k reduced $(PYTEST_ARGS) || exit; \
 	done
+
+# Everything that only a GPU can show, correctness first; every part runs, and the exit code tells of any that failed.
+gpu-check: check-gpu
+	@failed=; \
+	$(PY) -m pytest --quiet $(GPU_TESTS) $(PYTEST_ARGS) || failed="$$failed tests"; \
+	$(MAKE) --no-print-directory sanitize PYTEST_ARGS= || failed="$$failed sanitize"; \
+	$(PY) benchmarks/run.py --device cuda --suite layers,stack,overhead --dtype bf16 --batch 1,8,64 \
+	  --contenders eager,folded,pointfuse || failed="$$failed benchmark"; \
+	echo "gpu-check: $${failed:+failed:}$${failed:-passed}"; test -z "$$failed"
 
 lint: $(READY)
 	$(BIN)ruff check .
@@ -87,6 +97,10 @@ check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pointfuse needs Python 3.11 or later; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Name another with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+
+check-gpu: build
+	@$(PY) -c 'import sys; from pointfuse.backends import cuda; \
+	  reason = cuda.unusable_reason(); sys.exit(reason and f"make $(MAKECMDGOALS) needs a GPU: {reason}")'
 
 check-packages: check-python
 	@$(PYTHON) -c 'import sys, importlib.util as u; \

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -47,13 +48,13 @@ def emulator() -> ModuleType:
 @functools.cache
 def gpu() -> ModuleType:
     """The kernels on the GPU; skips without nvcc or CuTe's headers."""
-    cute = [Path(sysconfig.get_path(name)) / "cutlass_library/source/include" for name in ("purelib", "platlib")]
-    if not cute[0].is_dir() and not cute[1].is_dir():
+    cute = next((p for folder in sys.path if (p := Path(folder) / "cutlass_library/source/include").is_dir()), None)
+    if cute is None:
         pytest.skip("CuTe's headers (nvidia-cutlass) are not installed")
     major, minor = torch.cuda.get_device_capability()
     target = "90a" if (major, minor) == (9, 0) else "80"
     flags = ["-O3", f"-gencode=arch=compute_{target},code=[sm_{target},compute_{target}]"]
-    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-isystem {path}" for path in cute)]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-isystem {cute}"]
     return _module("pointfuse_on_gpu", BUILD.with_name("on_gpu"), _program("nvcc"), flags, "-x cu")
 
 
