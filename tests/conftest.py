@@ -6,8 +6,9 @@ nothing else.
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ settings.register_profile(
     "pointfuse", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("pointfuse")
+
+
+def build_wheel(source: Path, into: Path, environment: Mapping[str, str]) -> Path:
+    """The wheel of a source tree, built with the packages that are installed."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", into]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], env=environment, check=True)
+    (wheel,) = into.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
-from conftest import ROOT
+from conftest import ROOT, build_wheel
 from pointfuse.backends import cuda
 
 PLAN = f"_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -307,20 +307,7 @@ def test_headers_are_found_through_build_isolation(monkeypatch: pytest.MonkeyPat
 
 def test_the_wheel_and_the_sdist_hold_what_they_should(checkout: Checkout, tmp_path: Path) -> None:
     checkout.use_nvcc("13.0")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ".",
-    ]
-    subprocess.run(command, cwd=checkout.root, env=checkout.environment, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(checkout.root, tmp_path, checkout.environment)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"pointfuse/{name}" for name in ("_cuda.so", PLAN, "_build.json", "py.typed")} <= names
     assert not [name for name in names if name.endswith((".cu", ".cpp", ".h", ".d", ".new"))]

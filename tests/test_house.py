@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, build_wheel
 
 PACKAGE = ROOT / "python" / "pointfuse"
 # Every module may import from those before it, and from its own package.
@@ -122,22 +122,7 @@ def uncompiled() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, uncompiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        target,
-        source,
-    ]
-    subprocess.run(command, check=True, env=uncompiled)
-    (built,) = target.glob("*.whl")
-    return built
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), uncompiled)
 
 
 def test_the_wheel_holds_the_package_and_no_test_or_benchmark(wheel: Path) -> None:
