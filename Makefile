@@ -10,7 +10,8 @@ TORCHVISION ?= torchvision==0.28.0
 CUTLASS ?= nvidia-cutlass==4.2.*
 COMPUTE_SANITIZER ?= compute-sanitizer
 # What runs on a GPU besides the emulator.
-GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py
+GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py \
+  tests/test_kernel_backends.py tests/test_triton_kernels.py
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -99,8 +100,10 @@ check-python:
 	       "Name another with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 
 check-gpu: build
-	@$(PY) -c 'import sys; from pointfuse.backends import cuda; \
-	  reason = cuda.unusable_reason(); sys.exit(reason and f"make $(MAKECMDGOALS) needs a GPU: {reason}")'
+	@$(PY) -c 'import sys, pointfuse; \
+	  found = {name: status for name, status in pointfuse.backends().items() if name != "aten"}; \
+	  reasons = "; ".join(f"{name}: {status.reason}" for name, status in found.items()); \
+	  sys.exit(None if any(s.usable for s in found.values()) else f"make $(MAKECMDGOALS) needs a GPU: {reasons}")'
 
 check-packages: check-python
 	@$(PYTHON) -c 'import sys, importlib.util as u; \

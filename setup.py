@@ -281,7 +281,7 @@ setup(
     version=version(),
     package_dir={"": "python"},
     packages=find_packages("python"),
-    package_data={"pointfuse": ["py.typed", "*.pyi"]},
+    package_data={"pointfuse": ["py.typed", "*.pyi", "backends/triton/table.json"]},
     ext_modules=[
         Extension("pointfuse._plan", ["csrc/plan_binding.cpp"]),
         Extension("pointfuse._cuda", ["csrc/torch_binding.cpp"]),

@@ -103,8 +103,8 @@ struct Image {
   bool channels_last() const { return is_channels_last(sizes, strides); }
 };
 
-// The last argument of the operator, packed by config() in backends/cuda.py: a list of numbers costs 0.6 us a call
-// more.
+// The last argument of the operator, packed by arguments() in backends/calls.py: a list of numbers costs 0.6 us a
+// call more.
 class Config {
  public:
   explicit Config(int64_t bits) : bits_(bits) {}

@@ -6,6 +6,7 @@ nothing else.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from pointfuse.backends import aten
+
+if not torch.cuda.is_available():
+    # Triton then runs kernels on the CPU, in Python. It reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `benchmarks`, which is not installed

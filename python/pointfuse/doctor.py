@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pointfuse import plans, reference
 from pointfuse._version import __version__
-from pointfuse.backends import VARIABLE, backends, chosen, cuda, use_backend
+from pointfuse.backends import VARIABLE, backends, calls, chosen, cuda, use_backend
 from pointfuse.convert import Unit, plan, revert
 from pointfuse.functional import conv_bn_act
 from pointfuse.problem import Geometry, as_pair
@@ -131,7 +131,7 @@ def _settings() -> dict[str, str]:
     return {
         "oneDNN": "on" if torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn else "off",
         "bf16 on this CPU": "fast" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated",
-        "TF32 convolutions": "allowed" if cuda.tf32_allowed() else "not allowed",
+        "TF32 convolutions": "allowed" if calls.tf32_allowed() else "not allowed",
         VARIABLE: os.environ.get(VARIABLE) or "not set (auto)",
         "backend chosen": chosen(),
     }
@@ -154,5 +154,5 @@ def _check(name: str) -> BackendReport:
         y = conv_bn_act(x.to(device), weight.to(device), None, *operands, padding=1).cpu()
     error = ((y - expected).abs().max() / expected.abs().max()).item()
     # TF32 keeps ten bits of each factor.
-    tolerance = 5e-3 if device == "cuda" and cuda.tf32_allowed() else 1e-5
+    tolerance = 5e-3 if device == "cuda" and calls.tf32_allowed() else 1e-5
     return BackendReport(name, True, "", error, error < tolerance)

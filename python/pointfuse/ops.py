@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pointfuse import reference
-from pointfuse.backends import cuda, select
+from pointfuse.backends import calls, cuda, select
 from pointfuse.problem import Activation, BatchNorm, Geometry, as_pair, check_activation, check_residual_order
 
 _SCHEMA = (
@@ -132,14 +132,10 @@ _library.define(
 
 @torch.library.register_fake("pointfuse::_conv_bn_act_cuda", lib=_library)
 def _conv_bn_act_cuda_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    config = args[6]
-    stride, padding = cuda.stride_and_padding(config)
-    plane = Geometry(as_pair(stride, "stride"), as_pair(padding, "padding")).output_plane(x.shape, weight.shape)
-    formats = {torch._prims_common.suggest_memory_format(t) for t in (x, weight)}
-    channels_last = cuda.asks_channels_last(config) or torch.channels_last in formats
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (x.shape[0], weight.shape[0], *plane)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return calls.empty_output(x, weight, config=args[6])
+
+
+cuda.operator = torch.ops.pointfuse._conv_bn_act_cuda.default
 
 
 def _wide(t: Tensor) -> torch.dtype:

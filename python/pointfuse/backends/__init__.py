@@ -1,7 +1,8 @@
 """The backends by name: which are usable here, which one serves a call, and how a user chooses.
 
 A backend is a module with ``conv_bn_act``, ``min_input`` and ``unusable_reason``. One other than ATen raises
-``Refused`` for calls that it does not serve, and ATen serves those. No backend imports another.
+``Refused`` for calls that it does not serve, and ATen serves those. No backend imports another; what those with kernels
+of their own share stands in ``calls.py``.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pointfuse.backends import aten, cuda
+from pointfuse.backends import aten, cuda, triton
 from pointfuse.problem import Refused
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "aten": aten}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "aten": aten}
 NAMES = ("auto", "cuda", "triton", "aten")
 VARIABLE = "POINTFUSE_BACKEND"
 STRICT_VARIABLE = "POINTFUSE_STRICT"
-# What "auto" may take on a GPU, best first: backends whose kernels have been measured there.
-AUTOMATIC: tuple[str, ...] = ()
 
 # Plain globals, as torch.backends' flags are: torch.compile guards on them, where it cannot read a ContextVar.
 _requested = os.environ.get(VARIABLE) or "auto"
@@ -64,6 +63,8 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     """
     global _requested, _strict
     _check(name, f"use_backend({name!r})")
+    if name not in ("auto", "aten"):
+        _prefer(name)  # a graph that found it missing would be compiled again
     before = _requested, _strict
     _requested, _strict = name, strict
     try:
@@ -73,17 +74,18 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
 
 
 class Preferred:
-    """A backend that is asked first, with ATen behind it."""
+    """A backend that is asked first, with ATen behind it; ``options`` go with each call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         self.name = name
         self.module = BACKENDS[name]
         self.min_input = self.module.min_input
+        self._options = options
 
     def conv_bn_act(self, *unit: Any) -> Tensor:
         """The unit, as ``aten.conv_bn_act`` takes and answers it."""
         try:
-            return self.module.conv_bn_act(*unit)
+            return self.module.conv_bn_act(*unit, **self._options)
         except Refused as refused:
             reason = str(refused)
         if _strict:
@@ -96,7 +98,7 @@ class Preferred:
     def frozen_conv_act(self, *unit: Any, channels_last: bool) -> Tensor | None:
         """A frozen unit, whose weight never changes and whose bias may be fp32; ``None`` where ATen has to serve it."""
         try:
-            return self.module.conv_bn_act(*unit, frozen=True, channels_last=channels_last)
+            return self.module.conv_bn_act(*unit, frozen=True, channels_last=channels_last, **self._options)
         except Refused as refused:
             self._announce(str(refused))
             return None
@@ -117,12 +119,18 @@ class Preferred:
 
 
 def select() -> ModuleType | Preferred:
-    """What serves the next unit: the ATen backend, or another with ATen behind it."""
-    if _requested == "aten" or (_requested == "auto" and not AUTOMATIC):
+    """What serves the next unit: the ATen backend, or another with ATen behind it.
+
+    That is the triton backend with "auto", for calls of a shape class that measured faster than ATen, once there are
+    any: see ``pointfuse tune``.
+    """
+    if _requested == "aten":
         return aten
     if _requested == "auto":
-        usable = [name for name in AUTOMATIC if _status(name).usable]
-        return _prefer(usable[0]) if usable else aten
+        # Nothing was measured against what a compiler makes of PyTorch's operators.
+        if not triton.tables.some_faster() or torch.compiler.is_compiling():
+            return aten
+        return _prefer("auto")
     if _requested not in _preferred:
         _check(_requested, f"{VARIABLE}={_requested}")
     return _prefer(_requested)
@@ -131,39 +139,41 @@ def select() -> ModuleType | Preferred:
 def chosen() -> str:
     """The name of what :func:`select` gives."""
     backend = select()
-    return backend.name if isinstance(backend, Preferred) else "aten"
+    # "auto" asks on a GPU alone whether its backend can run.
+    return backend.name if isinstance(backend, Preferred) and _status(backend.name).usable else "aten"
 
 
 def backend_for(conv: nn.Conv2d) -> str:
     """The name of the backend that would serve a convolution's unit now, as far as the module tells."""
     backend = select()
-    serves = isinstance(backend, Preferred) and backend.module.conv_refusal(conv) is None
-    return chosen() if serves else "aten"
+    if not isinstance(backend, Preferred):
+        return "aten"
+    refusal = triton.not_faster(conv) if _requested == "auto" else backend.module.conv_refusal(conv)
+    return backend.name if refusal is None else "aten"
 
 
 def fallback_reason(device_type: str) -> str | None:
     """Why units on a device run on ATen though kernels of our own were to be expected, or ``None``."""
     if device_type != "cuda" or _requested != "auto":
         return None
-    found = {name: _status(name) for name in ("cuda", "triton")}
-    usable = [name for name, status in found.items() if status.usable]
-    if any(name in AUTOMATIC for name in usable):
-        return None
-    if usable:
-        name = usable[0]
-        return f"the {name} backend has not been measured on a GPU yet; pointfuse.use_backend({name!r}) asks for it"
+    found = {name: _status(name) for name in ("triton", "cuda")}
+    if found["triton"].usable:
+        if triton.tables.some_measured():
+            return None
+        return "the triton backend was not measured on this machine yet: `pointfuse tune` does"
+    if found["cuda"].usable:
+        return "the cuda backend has not been measured on a GPU yet; pointfuse.use_backend('cuda') asks for it"
     return "; ".join(f"{name}: {status.reason}" for name, status in found.items())
 
 
 def _prefer(name: str) -> Preferred:
     if name not in _preferred:
-        _preferred[name] = Preferred(name)
+        _preferred[name] = Preferred("triton", only_faster=True) if name == "auto" else Preferred(name)
     return _preferred[name]
 
 
 def _status(name: str) -> BackendStatus:
-    module = BACKENDS.get(name)
-    reason = "this version of pointfuse has no such kernels yet" if module is None else module.unusable_reason()
+    reason = BACKENDS[name].unusable_reason()
     return BackendStatus(usable=not reason, reason=reason or "")
 
 
