@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ CONVERTED = "pointfuse converted"
 FROZEN = "pointfuse frozen"
 CUDA_LIVE = "pointfuse cuda live"
 CUDA_FROZEN = "pointfuse cuda"
+TRITON_LIVE = "pointfuse triton live"
+TRITON_FROZEN = "pointfuse triton"
 
 BASELINES = (EAGER_CHANNELS_LAST, COMPILED_FREEZING)
 
@@ -121,24 +124,25 @@ def frozen(model: nn.Module, x: Tensor) -> Prepared:
 @peer(CUDA_LIVE, devices=("cuda",))
 def cuda_live(model: nn.Module, x: Tensor) -> Prepared:
     """The CUDA C++ kernels with batch norm read on every call. Convolutions outside units stay PyTorch's."""
-    import pointfuse
-
-    with _cuda_alone():
-        plan = pointfuse.plan(model)
-        if not plan.units:
-            raise ValueError("no unit to convert")
-        model, x = _converted(model, x)
-        refuse_convolutions(model, x, allowed=len(plan.skipped))
-    return Prepared(model, x, _cuda_alone)
+    return _live_alone("cuda", model, x)
 
 
 @peer(CUDA_FROZEN, devices=("cuda",))
 def cuda_frozen(model: nn.Module, x: Tensor) -> Prepared:
     """The CUDA C++ kernels on a frozen model, and nothing else."""
-    with _cuda_alone():
-        model, x = _frozen(model, x)
-        refuse_convolutions(model, x, allowed=0)
-    return Prepared(model, x, _cuda_alone)
+    return _frozen_alone("cuda", model, x)
+
+
+@peer(TRITON_LIVE, devices=("cuda",))
+def triton_live(model: nn.Module, x: Tensor) -> Prepared:
+    """The Triton kernels with batch norm read on every call. Convolutions outside units stay PyTorch's."""
+    return _live_alone("triton", model, x)
+
+
+@peer(TRITON_FROZEN, devices=("cuda",))
+def triton_frozen(model: nn.Module, x: Tensor) -> Prepared:
+    """The Triton kernels on a frozen model, and nothing else."""
+    return _frozen_alone("triton", model, x)
 
 
 def refuse_convolutions(model: nn.Module, x: Tensor, allowed: int) -> None:
@@ -195,10 +199,31 @@ def _frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return pointfuse.freeze(model, example_inputs=(x,)), x
 
 
-def _cuda_alone() -> AbstractContextManager[Any]:
+def _live_alone(backend: str, model: nn.Module, x: Tensor) -> Prepared:
     import pointfuse
 
-    return pointfuse.use_backend("cuda", strict=True)
+    alone = partial(_alone, backend)
+    with alone():
+        plan = pointfuse.plan(model)
+        if not plan.units:
+            raise ValueError("no unit to convert")
+        model, x = _converted(model, x)
+        refuse_convolutions(model, x, allowed=len(plan.skipped))
+    return Prepared(model, x, alone)
+
+
+def _frozen_alone(backend: str, model: nn.Module, x: Tensor) -> Prepared:
+    alone = partial(_alone, backend)
+    with alone():
+        model, x = _frozen(model, x)
+        refuse_convolutions(model, x, allowed=0)
+    return Prepared(model, x, alone)
+
+
+def _alone(backend: str) -> AbstractContextManager[Any]:
+    import pointfuse
+
+    return pointfuse.use_backend(backend, strict=True)
 
 
 def _channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:

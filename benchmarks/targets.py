@@ -1,13 +1,14 @@
-"""What the CUDA C++ kernels are held to on an H100, in bf16 as CUDA graphs, and whether results meet it."""
+"""What the kernels are held to on an H100, in bf16 as CUDA graphs, and whether results meet it."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.cases import OVERHEAD
-from benchmarks.peers import CUDA_FROZEN
+from benchmarks.peers import COMPILED_AUTOTUNED, CUDA_FROZEN, TRITON_FROZEN
 from benchmarks.record import CaseResult, Result
 
 
@@ -29,7 +30,10 @@ class Target:
 
 
 def targets(cases: Iterable[CaseResult]) -> list[Target]:
-    """Every target, with what the complete cases say of it. Of cases measured twice the last counts."""
+    """Every target, of the CUDA C++ kernels and then of the Triton kernels, with what the complete cases say of it.
+
+    Of cases measured twice the last counts.
+    """
     bf16 = {(c.suite, c.name, c.batch, c.l2, c.graphs): c for c in cases if c.dtype == "bf16" and c.complete}
     cold = [case for case in bf16.values() if case.graphs and case.l2 == "cold"]
     warm = [case for case in bf16.values() if case.graphs and case.l2 == "warm"]
@@ -45,17 +49,27 @@ def targets(cases: Iterable[CaseResult]) -> list[Target]:
             for batch, limit in ((1, 45), (8, 90), (64, 600))
         ),
         _at_most("a call, until it has launched", 10, " us", calls, microseconds),
-    ]
+        _at_most(
+            "Triton, 1x1 layers, batch 64, cold: time over floor", 1.8, "",
+            _took_part(_pointwise(cold, 64), TRITON_FROZEN),
+            partial(times_floor, contender=TRITON_FROZEN),
+        ),
+        _at_least(
+            "Triton, stacks, batch 64, cold: max-autotune's time over ours", 1.0,
+            _took_part((c for c in cold if c.suite == "stack" and c.batch == 64), TRITON_FROZEN, COMPILED_AUTOTUNED),
+            partial(_over, other=COMPILED_AUTOTUNED, contender=TRITON_FROZEN),
+        ),
+    ]  # fmt: skip
 
 
-def microseconds(case: CaseResult) -> float | None:
-    """Our median."""
-    return _median_us(case.result(CUDA_FROZEN))
+def microseconds(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
+    """A contender's median; None where it did not run."""
+    return _median_us(case.result(contender))
 
 
-def times_floor(case: CaseResult) -> float | None:
-    """Our median over the floor; None where either is missing."""
-    ours = microseconds(case)
+def times_floor(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
+    """A contender's median over the floor; None where either is missing."""
+    ours = microseconds(case, contender)
     return None if ours is None or not case.floor_us else ours / case.floor_us
 
 
@@ -75,12 +89,23 @@ def _median_us(result: Result | None) -> float | None:
     return None if result is None or result.ms is None else result.ms.p50 * 1e3
 
 
+def _over(case: CaseResult, other: str, contender: str) -> float | None:
+    """Another contender's median over ours; None where either is missing."""
+    ours, others = microseconds(case, contender), microseconds(case, other)
+    return None if ours is None or others is None else others / ours
+
+
 def _pointwise(cases: Sequence[CaseResult], batch: int) -> list[CaseResult]:
     return [c for c in cases if c.suite == "layers" and c.batch == batch and " 1x1 " in c.name]
 
 
 def _stack(cases: Sequence[CaseResult], batch: int) -> list[CaseResult]:
     return [c for c in cases if c.suite == "stack" and c.batch == batch and c.name == "13x13"]
+
+
+def _took_part(cases: Iterable[CaseResult], *contenders: str) -> list[CaseResult]:
+    """The cases that all of these contenders were asked to run, whether they could or not."""
+    return [case for case in cases if all(case.result(name) is not None for name in contenders)]
 
 
 def _at_most(

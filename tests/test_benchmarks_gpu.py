@@ -363,6 +363,7 @@ def test_a_table_of_short_times_is_in_microseconds_and_over_the_floor() -> None:
 
 
 OURS = peers.CUDA_FROZEN
+KERNELS = [peers.CUDA_LIVE, peers.CUDA_FROZEN, peers.TRITON_LIVE, peers.TRITON_FROZEN]
 
 
 def targets_of(*cases: CaseResult) -> dict[str, Target]:
@@ -375,6 +376,7 @@ def test_without_results_every_target_is_open() -> None:
     assert limits == [
         *("at most 1.5", "at most 4 us", "at least 1.0", "at least 1.3"),
         *("at most 45 us", "at most 90 us", "at most 600 us", "at most 10 us"),
+        *("at most 1.8", "at least 1.0"),
     ]
 
 
@@ -428,6 +430,20 @@ def test_targets_of_the_stack_and_of_a_call() -> None:
         "13x13 stack, batch 8, cold: time": ("91.00 us", False),
         "a call, until it has launched": ("9.50 us", True),
     }
+
+
+def test_targets_of_triton_compare_stacks_with_the_autotuned() -> None:
+    triton, autotuned = peers.TRITON_FROZEN, peers.COMPILED_AUTOTUNED
+    found = targets_of(
+        made_case({triton: 3.8, OURS: 1.0}, batch=64),
+        made_case({triton: 10.0, autotuned: 12.0, "eager": 8.0}, suite="stack", name="13x13", batch=64),
+        made_case({triton: 10.0, autotuned: 9.0}, suite="stack", name="26x26", batch=64),
+        made_case({triton: 10.0, autotuned: 1.0}, suite="stack", name="26x26", batch=8),
+    )
+    floor = found["Triton, 1x1 layers, batch 64, cold: time over floor"]
+    assert (floor.measured, floor.met) == ("1.90", False)
+    stacks = found["Triton, stacks, batch 64, cold: max-autotune's time over ours"]
+    assert (stacks.measured, stacks.met) == ("0.90 (26x26, batch 64, the worst of 2)", False)
 
 
 def test_of_a_case_measured_twice_the_last_counts() -> None:
@@ -494,7 +510,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(
 
 
 def test_a_cpu_lists_no_contender_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu = {peers.COMPILED_AUTOTUNED, peers.CUDNN_GRAPH, peers.CUDA_LIVE, peers.CUDA_FROZEN}
+    on_gpu = {peers.COMPILED_AUTOTUNED, peers.CUDNN_GRAPH, *KERNELS}
     assert {name for name, contender in peers.PEERS.items() if contender.devices == ("cuda",)} == on_gpu
     options = run._parse(["--device", "cpu"])
     assert {contender.name for contender in options.contenders} == set(peers.PEERS) - on_gpu
@@ -531,13 +547,13 @@ def test_a_contender_of_our_kernels_runs_no_convolution_of_pytorchs() -> None:
         peers.refuse_convolutions(model, x, allowed=1)
 
 
-@pytest.mark.parametrize("name", [peers.CUDA_LIVE, peers.CUDA_FROZEN])
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_backend_that_cannot_run_is_a_reason(name: str) -> None:
     contender = replace(peers.PEERS[name], devices=("cpu",))
     (verdict,) = check_case(small_case(), [contender], timing.method_for(CPU)).verdicts
     assert verdict.status == "failed"
     assert verdict.reason is not None
-    assert "cuda backend cannot run here" in verdict.reason
+    assert f"{name.split()[1]} backend cannot run here" in verdict.reason
 
 
 class FakeCudnn(ModuleType):
