@@ -11,7 +11,7 @@ CUTLASS ?= nvidia-cutlass==4.2.*
 COMPUTE_SANITIZER ?= compute-sanitizer
 # What runs on a GPU besides the emulator.
 GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py \
-  tests/test_kernel_backends.py tests/test_triton_kernels.py
+  tests/test_kernel_backends.py tests/test_triton_kernels.py tests/test_tune.py
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=

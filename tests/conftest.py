@@ -38,6 +38,14 @@ def build_wheel(source: Path, into: Path, environment: Mapping[str, str]) -> Pat
     return wheel
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuned_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was tuned on this machine would change what "auto" takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POINTFUSE_CACHE_DIR", str(tmp_path_factory.mktemp("tables")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _small_units_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse, fold and pack whatever the size: from where it pays is a matter of speed, and would make tests slow."""

@@ -559,3 +559,16 @@ def test_layers_of_real_networks_are_exact_by_the_plan_chosen(
         z = F.conv2d(x.float(), weight.float(), None, stride, padding).double()
         z = F.batch_norm(z, *(t.double() for t in (mean, var, gamma, beta)), False, 0.0, 1e-30)
     assert torch.equal(y, F.leaky_relu(z, 0.5).bfloat16())
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if p.backend == "triton"], ids=str, indirect=True)
+def test_each_new_plan_of_a_triton_kernel_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BACKENDS["triton"].loaded().forget_plans()
+    monkeypatch.setenv("POINTFUSE_PRINT_PLAN", "1")
+    for size in (3, 3, 4):
+        conv_bn_act(torch.zeros(1, 8, size, size), torch.zeros(8, 8, 1, 1), activation="relu")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pointfuse: ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("pointfuse: 1x1 NCHW tf32 16x8->8: tile 64x")

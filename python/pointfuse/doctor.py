@@ -73,20 +73,33 @@ def kernel_plans(model: nn.Module, input_shape: tuple[int, ...], device: str, dt
     Neither a GPU nor the model's data are used: the model moves to the meta device. Raises as :func:`plans.table`, and
     whatever the model raises when its inputs have a shape alone.
     """
+    return plans.table(convolutions(model, input_shape), device, dtype)
+
+
+def convolutions(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, plans.Convolution]]:
+    """Every convolution that a model calls, by name, in the order of the calls; on the meta device, where it stays.
+
+    Raises whatever the model raises when its inputs have a shape alone.
+    """
     model = revert(model, inplace=True).to("meta").eval()
     x = torch.empty(input_shape, device="meta")
     units = {unit.conv: unit for unit in plan(model, x).units}
-    calls: list[tuple[str, plans.Convolution]] = []
+    found: list[tuple[str, plans.Convolution]] = []
+    hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
 
             def note(conv: Any, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                calls.append((name, _convolution(conv, args[0], units.get(name))))
+                found.append((name, _convolution(conv, args[0], units.get(name))))
 
-            module.register_forward_hook(note)
-    with torch.no_grad():
-        model(x)
-    return plans.table(calls, device, dtype)
+            hooks.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _convolution(conv: nn.Conv2d, x: Tensor, unit: Unit | None) -> plans.Convolution:

@@ -54,6 +54,9 @@ def backends() -> dict[str, BackendStatus]:
 def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     """Run the units of this block on one backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"aten"``.
 
+    ``"auto"``, the default, is ATen, but for eager calls on a GPU for which the triton backend measured faster: see the
+    command ``pointfuse tune``.
+
     PyTorch's own operators serve the calls that the backend does not, such as grouped convolutions; that is said once
     a reason, as a :class:`FallbackWarning`, and raises ``RuntimeError`` instead with ``strict``.
 

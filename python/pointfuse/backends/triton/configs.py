@@ -8,6 +8,7 @@ is wrong for any call that it fits: the choice is one of speed.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,10 @@ LAYOUTS = ("channels_last", "NCHW")
 # The products' type: fp16 and bf16 alike, fp32 rounded to TF32, or fp32 kept, as three TF32 products each.
 PRODUCTS = ("half", "tf32", "fp32")
 
+# Fewer steps than these are not worth a part of their own: its sum goes through memory, to a second kernel.
+_LEAST_STEPS = 12
+# Blocks of a split sum that share a multiprocessor: each waits for memory most of the time.
+_BLOCKS_TOGETHER = 2
 # Beside tiles, a kernel keeps barriers in shared memory.
 _SHARED_EXTRA = 1024
 
@@ -125,8 +130,9 @@ class Config:
         block_channels, block_pixels, block_k: output channels and pixels of a tile, input channels of a step.
         stages: steps whose loads are under way together.
         warps: of 32 threads, in a block.
-        split_k: into how many parts, at most, the sum over input channels and taps is split where tiles are too few for
-            the chip.
+        split_k: into how many parts the sum over input channels and taps is split, where tiles are too few for the
+            chip; a second kernel adds them up.
+        flatten: whether a program that walks over several tiles loads the next one's operands while it finishes one.
     """
 
     block_channels: int
@@ -135,6 +141,15 @@ class Config:
     stages: int
     warps: int
     split_k: int = 1
+    flatten: bool = False
+
+    def tiles(self, shape: ShapeClass) -> int:
+        """Tiles that cover a class's largest output."""
+        return math.ceil(shape.pixels / self.block_pixels) * math.ceil(shape.c_out / self.block_channels)
+
+    def steps(self, shape: ShapeClass) -> int:
+        """Steps of a class's longest sum."""
+        return math.ceil(shape.c_in / self.block_k) * shape.taps
 
     @property
     def accumulators(self) -> int:
@@ -222,8 +237,9 @@ class Entry:
         try:
             numbers = dict(data)
             us, aten_us = (None if (t := numbers.pop(k, None)) is None else float(t) for k in ("us", "aten_us"))
-            return cls(Config(**{k: int(v) for k, v in numbers.items()}), us, aten_us)
-        except (TypeError, ValueError) as error:
+            flatten = bool(numbers.pop("flatten", False))
+            return cls(Config(**{k: int(v) for k, v in numbers.items()}, flatten=flatten), us, aten_us)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{data!r} is no entry of a table of configurations: {error}") from error
 
 
@@ -241,41 +257,55 @@ def choose(shape: ShapeClass, chip: Chip, measured: Table) -> Config:
     """The configuration for a class on a chip.
 
     The class's own entry of ``measured``, this machine's table, or else that of the nearest class in the shipped table,
-    with fewer stages on chips of less shared memory.
+    with fewer stages on chips of less shared memory, and with no more parts than the class has work for.
     """
     entry = measured.get(shape)
     if entry is not None and entry.config.refusal(shape, chip) is None:
         return entry.config
     rows = shipped(chip.family)
-    nearest = min((row for row in rows if _alike(row, shape)), key=shape.distance)
-    return rows[nearest].config.fitted(shape, chip)
+    config = rows[min((row for row in rows if _alike(row, shape)), key=shape.distance)].config.fitted(shape, chip)
+    room = _BLOCKS_TOGETHER * chip.processors // config.tiles(shape)
+    return replace(config, split_k=max(1, min(config.split_k, room, config.steps(shape) // _LEAST_STEPS)))
 
 
 def candidates(shape: ShapeClass, chip: Chip) -> Iterator[Config]:
-    """The configurations that tuning tries: every valid one that is not plainly wasteful for the class."""
-    k_bytes = 64 if shape.products == "fp32" else 128
-    for block_channels in (64, 128, 256):
-        if block_channels > max(64, shape.c_out):
-            continue
-        for block_pixels in (16, 32, 64, 128, 256):
-            if block_pixels > max(16, shape.pixels):
-                continue
-            for block_k in {k_bytes // shape.element_bytes, 2 * k_bytes // shape.element_bytes}:
-                for stages in (3, 4, 5):
-                    for warps in (4, 8):
-                        for split_k in (1, 2, 4, 8):
-                            config = Config(block_channels, block_pixels, block_k, stages, warps, split_k)
-                            if config.refusal(shape, chip) is None and _worth_trying(config, shape, chip):
-                                yield config
+    """The configurations that tuning tries: the default, then the valid ones not plainly worse than another of them."""
+    default = choose(shape, chip, {})
+    yield default
+    # A step of 128 bytes fills what a descriptor loads at once. Gathered elements and TF32's parts need registers.
+    k_bytes = 128 if shape.layout == "channels_last" and shape.products != "fp32" else 64
+    sizes = itertools.product(
+        (64, 128, 256), (16, 32, 64, 128, 256), (k_bytes, 2 * k_bytes), (3, 4), (4, 8), (1, 2, 4, 8), (False, True)
+    )
+    for block_channels, block_pixels, step_bytes, stages, warps, split_k, flatten in sizes:
+        block_k = step_bytes // shape.element_bytes
+        config = Config(block_channels, block_pixels, block_k, stages, warps, split_k, flatten)
+        # A wider step keeps as much under way as another stage.
+        narrow = step_bytes == k_bytes or stages == 3
+        new = narrow and config != default
+        if new and config.refusal(shape, chip) is None and _worth_trying(config, shape, chip):
+            yield config
 
 
 def _worth_trying(config: Config, shape: ShapeClass, chip: Chip) -> bool:
-    tiles = math.ceil(shape.pixels / config.block_pixels) * math.ceil(shape.c_out / config.block_channels)
-    steps = math.ceil(shape.c_in / config.block_k) * shape.taps
-    fills = tiles * config.split_k <= 4 * chip.processors
-    # Two warps of each kind of tile share a tensor core poorly where each has little to do.
-    busy = config.accumulators >= 8
-    return busy and (config.split_k == 1 or (fills and steps >= 4 * config.split_k))
+    if config.block_channels > max(64, shape.c_out) or config.block_pixels > max(16, shape.pixels):
+        return False
+    # Eight warps have too little to do with fewer sums.
+    if config.warps == 8 and config.accumulators < 32:
+        return False
+    tiles, jobs = config.tiles(shape), config.tiles(shape) * config.split_k
+    most_parts = min(8, max(1, config.steps(shape) // 4))
+    if config.split_k > most_parts or (config.split_k > 1 and jobs > _BLOCKS_TOGETHER * chip.processors):
+        return False
+    # Half the chip idle, though the tiles could be smaller or the parts more.
+    if 2 * jobs <= chip.processors and (config.split_k < most_parts or config.block_pixels > 16):
+        return False
+    # Small tiles load more for each product, which nothing makes up for once there are waves of them.
+    if tiles > 8 * chip.processors and config.block_channels * config.block_pixels < 64 * 128:
+        return False
+    # Only programs that walk load ahead.
+    walks = chip.descriptors and shape.layout == "channels_last" and tiles > _BLOCKS_TOGETHER * chip.processors
+    return walks or not config.flatten
 
 
 def _alike(a: ShapeClass, b: ShapeClass) -> bool:

@@ -40,7 +40,7 @@ def conv_bn_act(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_K: tl.constexpr,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBE_X: tl.constexpr, DESCRIBE_WEIGHT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    FLATTEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The unit; with ``SPLIT_K`` > 1 partial sums to ``partials``, which :func:`finish_split` adds up."""
     TAPS: tl.constexpr = TAPS_H * TAPS_W
@@ -57,7 +57,7 @@ def conv_bn_act(
             weight, [c_out, TAPS * c_in], [TAPS * c_in, 1], [BLOCK_CHANNELS, BLOCK_K]
         )
 
-    for job in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0)):
+    for job in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         tile = job // SPLIT_K
         part = job % SPLIT_K
         first_channel = (tile % channel_tiles) * BLOCK_CHANNELS

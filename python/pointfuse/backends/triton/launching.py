@@ -7,6 +7,8 @@ and AOTInductor see through: they get the kernels themselves. torch.export keeps
 # Annotations are read when the operator is registered: as they stand, not as strings.
 import contextvars
 import functools
+import os
+import sys
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ def execute(
         if x.shape[0] == 0:
             return y
         launch = Launch(_plan(x, _packed(weight), residual, y, config), weight, y)
+        if os.environ.get("POINTFUSE_PRINT_PLAN", "0") not in ("", "0"):
+            print(f"pointfuse: {launch.plan}", file=sys.stderr)
         if len(_launches) < _MOST_LAUNCHES:
             _launches[key] = launch
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -102,8 +106,8 @@ class Launch:
         self._packs = not weight.is_contiguous(memory_format=torch.channels_last)
         self._output = y.shape, y.stride()
         self._described = plan.constants["DESCRIBE_X"] or plan.constants["DESCRIBE_WEIGHT"]
-        self._compiled: list[Any] | None = None
-        self._alignment: list[bool] = []
+        # Which tensors were aligned and the kernels compiled for that: one attribute, so that threads see both or none.
+        self._compiled: tuple[list[bool], list[Any]] | None = None
 
     def __call__(self, tensors: Operands, eps: float, negative_slope: float) -> Tensor:
         """The output, from ``x, weight, bias, mean, var, gamma, beta, residual``."""
@@ -131,13 +135,14 @@ class Launch:
     def _run(self, tensors: Operands, eps: float, negative_slope: float) -> None:
         launches = _arguments(self.plan, tensors, eps, negative_slope)
         alignment = [t is None or t.data_ptr() % 16 == 0 for t in tensors]
-        if self._compiled is not None and alignment == self._alignment:
-            for compiled, (_, grid, arguments, _) in zip(self._compiled, launches, strict=True):
+        known = self._compiled
+        if known is not None and known[0] == alignment:
+            for compiled, (_, grid, arguments, _) in zip(known[1], launches, strict=True):
                 compiled[grid](*arguments)
             return
         compiled = [kernel[grid](*arguments, **options) for kernel, grid, arguments, options in launches]
         if not INTERPRETED:
-            self._compiled, self._alignment = compiled, alignment
+            self._compiled = alignment, compiled
 
 
 def _traced(

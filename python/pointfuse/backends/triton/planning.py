@@ -19,10 +19,6 @@ from pointfuse.backends.triton.configs import Chip, Config, ShapeClass, Table, c
 # A tensor descriptor loads a box of pixels. Where boxes cover this much more than the output, consecutive pixels, which
 # are gathered, waste less.
 _MOST_BOX_WASTE = 1.15
-# Fewer steps than these are not worth a part of their own: its sum goes through memory, to a second kernel.
-_LEAST_STEPS = 12
-# Blocks of a split sum that share a multiprocessor: each waits for memory most of the time.
-_BLOCKS_TOGETHER = 2
 # Channels that a program of `finish_split` finishes.
 _FINISHED_CHANNELS = 16
 _FINISH_CONSTANTS = (
@@ -151,9 +147,7 @@ def plan(
 
     pixel_tiles = _pixel_tiles(plane, box, found.block_pixels)
     tiles = _ceil(c_out, found.block_channels) * pixel_tiles
-    steps = _ceil(c_in, found.block_k) * shape.taps
-    room = _BLOCKS_TOGETHER * chip.processors // max(1, _example(tiles))
-    parts = max(1, min(found.split_k, room, steps // _LEAST_STEPS))
+    parts = min(found.split_k, _ceil(c_in, found.block_k) * shape.taps)
     found = replace(found, split_k=parts)
     jobs = tiles * parts
     grid = torch.sym_min(jobs, _resident(found, shape, chip)) if describe_x or describe_weight else jobs
@@ -179,6 +173,7 @@ def plan(
         "EVEN_K": even_k,
         "DESCRIBE_X": describe_x,
         "DESCRIBE_WEIGHT": describe_weight,
+        "FLATTEN": found.flatten,
         "INTERPRETED": interpreted,
     }
     finish_constants = {name: constants[name] for name in _FINISH_CONSTANTS} | {"ROWS": _FINISHED_CHANNELS}

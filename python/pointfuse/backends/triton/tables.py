@@ -159,13 +159,14 @@ def _tables() -> Iterator[Table]:
 def _read(path: Path) -> Table:
     try:
         table, wrong = _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         table, wrong = {}, [str(error)]
     if wrong:
+        part = " in part" if table else ""
         warnings.warn(
-            f"pointfuse: {path} cannot be used{' in part' if table else ''} ({wrong[0]}): `pointfuse tune` makes it anew",
+            f"pointfuse: {path} cannot be used{part} ({wrong[0]}): `pointfuse tune` makes it anew",
             UserWarning,
             stacklevel=2,
         )
