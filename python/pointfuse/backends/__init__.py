@@ -134,9 +134,8 @@ def select() -> ModuleType | Preferred:
         if not triton.tables.some_faster() or torch.compiler.is_compiling():
             return aten
         return _prefer("auto")
-    if _requested not in _preferred:
-        _check(_requested, f"{VARIABLE}={_requested}")
-    return _prefer(_requested)
+    _admit(_requested)
+    return _preferred[_requested]
 
 
 def chosen() -> str:
@@ -167,6 +166,17 @@ def fallback_reason(device_type: str) -> str | None:
     if found["cuda"].usable:
         return "the cuda backend has not been measured on a GPU yet; pointfuse.use_backend('cuda') asks for it"
     return "; ".join(f"{name}: {status.reason}" for name, status in found.items())
+
+
+def _admit(name: str) -> None:
+    """Have a backend that was asked for by name among the preferred. Raises as :func:`use_backend`."""
+    if name not in _preferred:
+        _check(name, f"{VARIABLE}={name}")
+        _prefer(name)
+
+
+# A compiler runs this as it is where it comes before any call: it imports Triton, and looks for GPUs.
+_admit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prefer(name: str) -> Preferred:

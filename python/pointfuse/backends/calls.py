@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from pointfuse.problem import ACTIVATIONS, RESIDUAL_ORDERS, Activation, BatchNorm, Geometry, Pair, Refused
 
 DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 PLAIN = frozenset((Tensor, nn.Parameter))
+# What torch.export traces with.
+_TRACED = PLAIN | {FakeTensor}
 _KERNELS = frozenset(((1, 1), (3, 3)))
 _WRONG_DTYPE = "its dtype is none of float32, float16 and bfloat16"
 _UNKNOWN_DTYPE = "dtypes are float32, float16 and bfloat16"
@@ -177,12 +180,13 @@ def empty_output(x: Tensor, weight: Tensor, config: int) -> Tensor:
     otherwise.
     """
     channels_last = config & CHANNELS_LAST or _is_channels_last(x) or _is_channels_last(weight)
-    return torch.empty(
-        _output_shape(x, weight, config),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    shape = _output_shape(x, weight, config)
+    if not channels_last:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    # By its strides: a channels_last tensor of torch.empty would be filled in compiled graphs.
+    _, c_out, height, width = shape
+    strides = (height * width * c_out, 1, width * c_out, c_out)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
 def stride_and_padding(config: int) -> tuple[Pair, Pair]:
@@ -224,7 +228,8 @@ def on_gpu(tensor: Tensor) -> bool:
 def _operand_refusal(
     x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNorm | None, residual: Tensor | None, compiling: bool
 ) -> str | None:
-    if type(x) not in PLAIN or type(weight) not in PLAIN:
+    plain = _TRACED if compiling else PLAIN
+    if type(x) not in plain or type(weight) not in plain:
         return "x or the weight is not a plain tensor"
     if not on_gpu(x):
         return "x is not on a GPU"

@@ -148,9 +148,12 @@ def finish_split(
 @triton.jit
 def _pixel_tiles(batch, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W):
     """How many tiles cover the output's pixels."""
+    # Compiled graphs make a constant of every 1, which has no methods, and evaluate even what follows a return.
     if BOX_N == 0:
-        return tl.cdiv(batch.to(tl.int64) * out_height * out_width, BLOCK_PIXELS).to(tl.int32)
-    return (tl.cdiv(batch, BOX_N) * tl.cdiv(out_height, BOX_H) * tl.cdiv(out_width, BOX_W)).to(tl.int32)
+        tiles = tl.cdiv(tl.cast(batch, tl.int64) * out_height * out_width, BLOCK_PIXELS)
+    else:
+        tiles = tl.cdiv(batch, BOX_N) * tl.cdiv(out_height, BOX_H) * tl.cdiv(out_width, BOX_W)
+    return tl.cast(tiles, tl.int32)
 
 
 @triton.jit
@@ -195,6 +198,9 @@ def _finish(
     INTERPRETED,
 ):  # fmt: skip
     """Bias and batch norm as scale and shift, residual, activation, and the way to memory."""
+    # Compiled graphs pass Python's floats as fp64.
+    eps = tl.cast(eps, tl.float32)
+    negative_slope = tl.cast(negative_slope, tl.float32)
     known = channel < c_out
     mask = known[:, None] & inside[None, :]
     if bias is not None:

@@ -9,6 +9,7 @@ import contextvars
 import functools
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def execute(
 ) -> Tensor:
     """A unit by its eleven arguments, eagerly. Raises :class:`Refused` for what does not fit together."""
     tensors = (x, weight, bias, mean, var, gamma, beta, residual)
+    # Triton would compile other kernels for integers, and a 1 into them.
+    eps, negative_slope = float(eps), float(negative_slope)
     key = (
         config,
         x.data_ptr() % 16,
@@ -65,7 +68,7 @@ def execute(
         y = calls.empty_output(x, weight, config)
         if x.shape[0] == 0:
             return y
-        launch = Launch(_plan(x, _packed(weight), residual, y, config), weight, y)
+        launch = Launch(_plan(x, _packed(weight), residual, y, config, chip_of(x.device)), weight, y)
         if os.environ.get("POINTFUSE_PRINT_PLAN", "0") not in ("", "0"):
             print(f"pointfuse: {launch.plan}", file=sys.stderr)
         if len(_launches) < _MOST_LAUNCHES:
@@ -163,7 +166,10 @@ def _traced(
     if x.shape[0] == 0:
         return y
     weight = _packed(weight)
-    made = _plan(x, weight, residual, y, config)
+    # Descriptors would need memory from Triton's allocator, which Inductor sets for the first call's thread alone
+    # (torch 2.13 to 2.15), and of which AOTInductor gives too little (before 2.12).
+    chip = replace(chip_of(x.device), descriptors=False)
+    made = _plan(x, weight, residual, y, config, chip)
     tensors = (x, weight, bias, mean, var, gamma, beta, residual, y, _partials(made, x))
     # By name and one by one, so that torch finds the kernels in this source, for the keys of its caches.
     first, *second = _arguments(made, tensors, eps, negative_slope)
@@ -178,19 +184,21 @@ operator: Any
 if INTERPRETED:
     # Python that runs on real tensors: there is nothing to see through.
     operator = custom_op("pointfuse::_conv_bn_act_triton", execute, mutates_args=())
-    operator.register_fake(lambda x, weight, *rest: calls.empty_output(x, weight, config=rest[6]))
 else:
     operator = triton_op("pointfuse::_conv_bn_act_triton", _traced, mutates_args=())
+    # An exported program that runs as it is runs eagerly.
+    operator.register_kernel("cuda", execute)
+operator.register_fake(lambda x, weight, *rest: calls.empty_output(x, weight, config=rest[6]))
 
 
-def _plan(x: Tensor, weight: Tensor, residual: Tensor | None, y: Tensor, config: int) -> Plan:
+def _plan(x: Tensor, weight: Tensor, residual: Tensor | None, y: Tensor, config: int, chip: Chip) -> Plan:
     return plan(
         x,
         weight,
         residual,
         y,
         config,
-        chip_of(x.device),
+        chip,
         tables.measured(x.device),
         aligned=aligned(x, weight),
         interpreted=INTERPRETED,

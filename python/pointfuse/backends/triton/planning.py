@@ -219,7 +219,7 @@ def _describable(x: Tensor, plane: Plane) -> bool:
     step = 16 // x.element_size()
     pitches = (plane.x[0], plane.x[2], plane.x[3])
     sizes = (plane.batch, plane.height, plane.width)
-    return (
+    return bool(
         plane.x[1] == 1
         and all(p % step == 0 and p > 0 for p in pitches)
         and all(_example(n) < _INT32 for n in sizes)
