@@ -14,6 +14,7 @@ import pointfuse
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.fx.experimental.proxy_tensor
 from host_ops import host_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -572,3 +573,18 @@ def test_each_new_plan_of_a_triton_kernel_is_printed_once(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pointfuse: ")]
     assert len(lines) == 2
     assert lines[0].startswith("pointfuse: 1x1 NCHW tf32 16x8->8: tile 64x")
+
+
+def test_negative_views_are_what_they_mean(lenient: None) -> None:
+    x, weight = torch.randn(1, 8, 3, 3, dtype=torch.complex64).conj().imag, torch.randn(8, 8, 1, 1)
+    assert x.is_neg()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        y = conv_bn_act(x, weight, activation="identity", residual=x)
+    torch.testing.assert_close(y, F.conv2d(x, weight) + x, rtol=1e-2, atol=1e-2)
+
+
+def test_a_tracer_of_operators_sees_the_unit() -> None:
+    x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: conv_bn_act(x, weight) + 1)(x)
+    torch.testing.assert_close(graph(2 * x), conv_bn_act(2 * x, weight) + 1)

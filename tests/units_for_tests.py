@@ -34,6 +34,16 @@ def _channels_of_wider(before: int, more: int) -> Callable[..., Tensor]:
     return layout
 
 
+def _amid(before: int) -> Callable[..., Tensor]:
+    """A channels_last tensor with other elements before it, so many, and after it."""
+
+    def layout(n: int, c: int, h: int, w: int, **options: Any) -> Tensor:
+        storage = torch.empty(n * c * h * w + 32, **options)
+        return storage[before : before + n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
+
+    return layout
+
+
 # How a tensor of a given shape may lie in memory: a view, whose storage may hold more.
 LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "channels_last": lambda *shape, **o: torch.empty(shape, **o).to(memory_format=torch.channels_last),
@@ -47,6 +57,8 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "odd offset": lambda n, c, h, w, **o: torch.empty(n * c * h * w + 1, **o)[1:].view(n, c, h, w),
     "transposed planes": lambda n, c, h, w, **o: torch.empty(n, c, w, h, **o).transpose(2, 3),
     "every other": lambda n, c, h, w, **o: torch.empty(2 * n, 2 * c, h, 2 * w, **o)[::2, 1::2, :, ::2],
+    "amid others": _amid(8),
+    "amid others, at an odd offset": _amid(9),
     "channels outermost": lambda n, c, h, w, **o: torch.empty(c, n, h, w, **o).transpose(0, 1),
 }
 
@@ -85,6 +97,7 @@ class Unit:
     channel_dtype: torch.dtype | None = None  # of bias and batch norm; None: that of x
     activation: str = "leaky_relu"
     slope: float = 0.5
+    eps: float = EPS
     order: str | None = None
     x_layout: str = "channels_last"
     weight_layout: str = "channels_last"
@@ -128,7 +141,7 @@ def eager(unit: Unit, operands: dict[str, Tensor | None]) -> Tensor:
     x, weight, bias, mean, var, gamma, beta, residual = operands.values()
     z = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), unit.stride, unit.padding)
     if mean is not None:
-        z = F.batch_norm(z, mean, var, gamma, beta, False, 0.0, EPS)
+        z = F.batch_norm(z, mean, var, gamma, beta, False, 0.0, unit.eps)
     if unit.order == "add_act":
         z = z + residual
     functions = {"leaky_relu": lambda t: F.leaky_relu(t, unit.slope), "identity": lambda t: t}

@@ -99,7 +99,8 @@ def conv_bn_act(*unit: Any, frozen: bool = False, channels_last: bool = False, o
         x, weight, config = arguments[0], arguments[1], arguments[8]
         if unusable_reason() is not None or not tables.measured_faster(x, weight, config):
             raise Refused(_NOT_FASTER)
-    if torch.compiler.is_compiling():
+    # A mode that watches operators, as a tracer does, has to see one.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.ops.pointfuse._conv_bn_act_triton(*arguments)
     return execute(*arguments)
 

@@ -1,6 +1,7 @@
 """The unit as Triton kernels: one source for every GPU from Ampere on, 1x1 and 3x3, any layout.
 
-    y[n, co, oh, ow] = act(scale[co] * sum_k weight[co, k] * x[k, n, oh, ow] + shift[co])      k = (c_in, tap)
+    y[n, co, oh, ow] = act((sum_k weight[co, k] * x[k, n, oh, ow] + bias[co] - mean[co]) * scale[co] + beta[co])
+    k = (c_in, tap)      scale = gamma / sqrt(var + eps)
 
 The product is a matrix product ``[channels, K] @ [K, pixels]`` (implicit GEMM): nothing is unfolded in memory. Each
 program walks over tiles of ``BLOCK_CHANNELS`` output channels by ``BLOCK_PIXELS`` output pixels, channels fastest, so
@@ -14,7 +15,7 @@ A tile's pixels are either consecutive in ``[n, oh, ow]``, or, with ``BOX_N`` > 
 Triton's interpreter, which runs the kernels on the CPU, multiplies the bit patterns of bf16 and cuts bits off where it
 should round: with ``INTERPRETED`` the kernels spare it both.
 
-``x`` and ``y`` have strides of their own; the weight is ``[c_out, taps, c_in]``, dense. Accumulation, scale and shift
+``x`` and ``y`` have strides of their own; the weight is ``[c_out, taps, c_in]``, dense. Accumulation and epilogue
 are fp32; the output is rounded once.
 """
 
@@ -146,28 +147,34 @@ def finish_split(
 
 
 @triton.jit
+def _extents(size, EXTENT):
+    """How many extents cover a size of at least 1: as ``tl.cdiv``, which overflows just below 2^31."""
+    return (size - 1) // EXTENT + 1
+
+
+@triton.jit
 def _pixel_tiles(batch, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W):
     """How many tiles cover the output's pixels."""
     # Compiled graphs make a constant of every 1, which has no methods, and evaluate even what follows a return.
     if BOX_N == 0:
-        tiles = tl.cdiv(tl.cast(batch, tl.int64) * out_height * out_width, BLOCK_PIXELS)
+        tiles = _extents(tl.cast(batch, tl.int64) * out_height * out_width, BLOCK_PIXELS)
     else:
-        tiles = tl.cdiv(batch, BOX_N) * tl.cdiv(out_height, BOX_H) * tl.cdiv(out_width, BOX_W)
+        tiles = _extents(batch, BOX_N) * _extents(out_height, BOX_H) * _extents(out_width, BOX_W)
     return tl.cast(tiles, tl.int32)
 
 
 @triton.jit
 def _first_pixel(tile, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W):
-    """Image, row and column where a tile begins. Consecutive pixels begin at column w0 of a plane laid out flat."""
+    """Image, row and column where a tile begins."""
     if BOX_N == 0:
-        plane = out_height * out_width
         first = tile.to(tl.int64) * BLOCK_PIXELS
-        n0 = (first // plane).to(tl.int32)
-        h0 = 0
-        w0 = (first % plane).to(tl.int32)
+        row = first // out_width
+        w0 = (first % out_width).to(tl.int32)
+        h0 = (row % out_height).to(tl.int32)
+        n0 = (row // out_height).to(tl.int32)
     else:
-        columns = tl.cdiv(out_width, BOX_W)
-        rows = tl.cdiv(out_height, BOX_H)
+        columns = _extents(out_width, BOX_W)
+        rows = _extents(out_height, BOX_H)
         w0 = (tile % columns) * BOX_W
         h0 = ((tile // columns) % rows) * BOX_H
         n0 = (tile // columns // rows) * BOX_N
@@ -179,15 +186,16 @@ def _tile_pixels(n0, h0, w0, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, 
     """Image, row and column of each pixel of a tile; some may lie outside the output."""
     i = tl.arange(0, BLOCK_PIXELS)
     if BOX_N == 0:
-        plane = out_height * out_width
-        flat = w0 + i
-        n = n0 + flat // plane
-        h = (flat % plane) // out_width
-        w = (flat % plane) % out_width
+        column = w0 + i
+        row = h0 + column // out_width
+        n = n0 + row // out_height
+        h = row % out_height
+        w = column % out_width
     else:
         n = n0 + i // (BOX_H * BOX_W)
         h = h0 + (i // BOX_W) % BOX_H
-        w = w0 + i % BOX_W
+        # A row may end less than a box before 2^31.
+        w = tl.cast(w0, tl.int64) + i % BOX_W
     return n, h, w
 
 
@@ -197,26 +205,28 @@ def _finish(
     y_n, y_c, y_h, y_w, residual_n, residual_c, residual_h, residual_w, eps, negative_slope, ACTIVATION, ACT_ADD,
     INTERPRETED,
 ):  # fmt: skip
-    """Bias and batch norm as scale and shift, residual, activation, and the way to memory."""
+    """Bias, batch norm, residual, activation, and the way to memory."""
     # Compiled graphs pass Python's floats as fp64.
     eps = tl.cast(eps, tl.float32)
     negative_slope = tl.cast(negative_slope, tl.float32)
     known = channel < c_out
     mask = known[:, None] & inside[None, :]
-    if bias is not None:
-        shift = tl.load(bias + channel, known, other=0.0).to(tl.float32)
-    else:
-        shift = tl.zeros_like(channel).to(tl.float32)
+    z = total
     if mean is not None:
+        # The mean is taken off before the scale, so that one far above the deviation takes no digits with it.
+        centre = tl.load(mean + channel, known, other=0.0).to(tl.float32)
+        if bias is not None:
+            centre -= tl.load(bias + channel, known, other=0.0).to(tl.float32)
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + channel, known, other=1.0).to(tl.float32) + eps))
         if gamma is not None:
             scale *= tl.load(gamma + channel, known, other=0.0).to(tl.float32)
-        shift = (shift - tl.load(mean + channel, known, other=0.0).to(tl.float32)) * scale
+        z -= centre[:, None]
         if beta is not None:
-            shift += tl.load(beta + channel, known, other=0.0).to(tl.float32)
-        z = tl.fma(total, scale[:, None], shift[:, None])
-    else:
-        z = total + shift[:, None]
+            z = tl.fma(z, scale[:, None], tl.load(beta + channel, known, other=0.0).to(tl.float32)[:, None])
+        else:
+            z *= scale[:, None]
+    elif bias is not None:
+        z += tl.load(bias + channel, known, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
         pixel = n.to(tl.int64) * residual_n + h.to(tl.int64) * residual_h + w.to(tl.int64) * residual_w
         added = tl.load(residual + pixel[None, :] + (channel.to(tl.int64) * residual_c)[:, None], mask, other=0.0)

@@ -52,17 +52,22 @@ def execute(
     tensors = (x, weight, bias, mean, var, gamma, beta, residual)
     # Triton would compile other kernels for integers, and a 1 into them.
     eps, negative_slope = float(eps), float(negative_slope)
-    key = (
-        config,
-        x.data_ptr() % 16,
-        weight.data_ptr() % 16,
-        *(None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors),
-    )
+    try:
+        key = (
+            config,
+            x.data_ptr() % 16,
+            weight.data_ptr() % 16,
+            *(None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride(), t.is_neg()) for t in tensors),
+        )
+    except RuntimeError as error:
+        raise Refused("a tensor has no strides, or no memory") from error
     launch = _launches.get(key)
     if launch is None:
         norm = None if mean is None else BatchNorm(mean, var, gamma, beta, False, 0.0, eps)
         geometry = Geometry(*calls.stride_and_padding(config))
         reason = calls.misfit(x, weight, bias, norm, residual, geometry, calls.is_frozen(config))
+        if reason is None:
+            reason = _unreadable(tensors)
         if reason is not None:
             raise Refused(reason)
         y = calls.empty_output(x, weight, config)
@@ -189,6 +194,14 @@ else:
     # An exported program that runs as it is runs eagerly.
     operator.register_kernel("cuda", execute)
 operator.register_fake(lambda x, weight, *rest: calls.empty_output(x, weight, config=rest[6]))
+
+
+def _unreadable(tensors: Operands) -> str | None:
+    """Why memory does not hold what a tensor means, or ``None``."""
+    given = [t for t in tensors if t is not None]
+    if not calls.PLAIN.issuperset(map(type, given)):
+        return "a tensor is not a plain one"
+    return "a tensor is a negative view" if any(t.is_neg() for t in given) else None
 
 
 def _plan(x: Tensor, weight: Tensor, residual: Tensor | None, y: Tensor, config: int, chip: Chip) -> Plan:

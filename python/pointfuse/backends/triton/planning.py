@@ -95,7 +95,7 @@ class Plan:
 
 def shape_class(x: Tensor, weight: Tensor, config: int, y: Tensor) -> ShapeClass:
     """The class of a call, from its tensors' shapes and the example of symbolic ones."""
-    kernel = "x".join(str(n) for n in weight.shape[2:])
+    kernel = "x".join(str(int(n)) for n in weight.shape[2:])
     layout = "channels_last" if x.stride(1) == 1 or x.shape[1] == 1 else "NCHW"
     pixels = _example(y.shape[0]) * _example(y.shape[2]) * _example(y.shape[3])
     return ShapeClass.of(kernel, layout, _products(x, config), max(1, pixels), weight.shape[0], weight.shape[1])
@@ -134,16 +134,19 @@ def plan(
     kernel_h, kernel_w = weight.shape[2:]
     c_out, c_in = weight.shape[:2]
     plane = _plane(x, y, residual, pointwise=shape.taps == 1 and stride == (1, 1) and padding == (0, 0))
-    even_k = c_in % found.block_k == 0
+    even_k = bool(c_in % found.block_k == 0)
 
     box: Box = (1, 1, found.block_pixels) if _is_row(plane) else (0, 0, 0)
     describe_x = chip.descriptors and aligned[0] and stride == (1, 1) and _describable(x, plane)
     if describe_x and not any(box):
         box = _best_box(plane, found.block_pixels)
         describe_x = any(box)
+    if not any(box) and _example(plane.out_width) >= _INT32 - found.block_pixels:
+        # Consecutive pixels are counted from the beginning of a row in 32 bits.
+        box = (1, 1, found.block_pixels)
     pitch = c_in * x.element_size()
     # Past its last channel a row of the weight goes on with the next tap.
-    describe_weight = chip.descriptors and aligned[1] and pitch % 16 == 0 and (even_k or shape.taps == 1)
+    describe_weight = bool(chip.descriptors and aligned[1] and pitch % 16 == 0 and (even_k or shape.taps == 1))
 
     pixel_tiles = _pixel_tiles(plane, box, found.block_pixels)
     tiles = _ceil(c_out, found.block_channels) * pixel_tiles
@@ -203,6 +206,11 @@ def _plane(x: Tensor, y: Tensor, residual: Tensor | None, pointwise: bool) -> Pl
             batch, width = 1, batch * width
             for s in strides:
                 s[0] = s[3]
+        elif type(width) is int and width == 1:
+            # Images of one pixel each: walk over the images.
+            batch, width = 1, batch
+            for s in strides:
+                s[3] = s[0]
         for s in strides:
             s[2] = s[3]
         out_height, out_width = 1, width
