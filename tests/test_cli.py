@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,56 @@ def test_doctor_reports_and_is_healthy(capsys: pytest.CaptureFixture[str]) -> No
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
     assert {b["name"] for b in report["backends"]} == {"cuda", "triton", "aten"}
+
+
+def test_doctor_says_how_long_a_first_compile_takes(tmp_path: Path) -> None:
+    """Of a kernel that is in no cache; the user's is left as it was."""
+    if util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pointfuse", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout)["first_compile"]
+    assert found["seconds"] > 0.05
+    assert (found["cache"], found["reason"]) == (str(tmp_path), "")
+    if not torch.cuda.is_available():
+        assert found["architecture"] == "sm_90"
+        assert not list(tmp_path.iterdir())
+
+
+def first_compile(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a healthy doctor prints of it."""
+    assert cli.main(["doctor"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("triton first compile   "))
+    return line.removeprefix("triton first compile   ")
+
+
+def test_doctor_prints_the_first_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor.compilation, "refusal", lambda: None)
+    monkeypatch.setattr(doctor.compilation, "first_compile_seconds", lambda capability: 0.94)
+    monkeypatch.setattr(doctor.compilation, "cache_folder", lambda: "/home/u/.triton/cache")
+    kept = "Triton keeps what it compiled in /home/u/.triton/cache"
+    assert re.fullmatch(rf"0\.9 s for a bf16 1x1 unit on sm_\d+; {kept}", first_compile(capsys))
+
+
+def test_doctor_says_why_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and doctor.compilation.backend.triton_problem() is None:
+        assert first_compile(capsys) == "TRITON_INTERPRET=1: kernels run in Triton's interpreter, and none is compiled"
+    monkeypatch.setattr(doctor.compilation.backend, "triton_problem", lambda: "Triton is not installed")
+    assert first_compile(capsys) == "Triton is not installed"
+
+
+def test_doctor_survives_a_compiler_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(capability: tuple[int, int]) -> float:
+        raise OSError("no ptxas")
+
+    monkeypatch.setattr(doctor.compilation, "refusal", lambda: None)
+    monkeypatch.setattr(doctor.compilation, "first_compile_seconds", fail)
+    assert re.fullmatch(r"failed for sm_\d+: OSError: no ptxas", first_compile(capsys))
 
 
 def test_doctor_finds_a_backend_that_computes_wrongly(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pointfuse import plans, reference
 from pointfuse._version import __version__
 from pointfuse.backends import VARIABLE, backends, calls, chosen, cuda, use_backend
+from pointfuse.backends.triton import compilation
 from pointfuse.convert import Unit, plan, revert
 from pointfuse.functional import conv_bn_act
 from pointfuse.problem import Geometry, as_pair
@@ -33,12 +34,32 @@ class BackendReport:
 
 
 @dataclass(frozen=True)
+class FirstCompile:
+    """What a call costs whose Triton kernel was never compiled before: the kernel of a bf16 1x1 unit, in seconds.
+
+    ``reason`` says why ``seconds`` is missing; ``cache`` is where Triton keeps what it compiled.
+    """
+
+    architecture: str
+    seconds: float | None
+    cache: str
+    reason: str
+
+    def __str__(self) -> str:
+        if self.seconds is None:
+            return self.reason
+        kept = f"Triton keeps what it compiled in {self.cache}"
+        return f"{self.seconds:.1f} s for a bf16 1x1 unit on {self.architecture}; {kept}"
+
+
+@dataclass(frozen=True)
 class Report:
     """All that ``pointfuse doctor`` prints."""
 
     versions: dict[str, str]
     devices: list[str]
     settings: dict[str, str]
+    first_compile: FirstCompile
     backends: list[BackendReport]
 
     @property
@@ -52,6 +73,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{name:<22} {value}" for name, value in (self.versions | self.settings).items()]
+        lines.append(f"{'triton first compile':<22} {self.first_compile}")
         lines += [f"{'device':<22} {device}" for device in self.devices]
         for b in self.backends:
             state = f"not usable: {b.reason}"
@@ -64,7 +86,8 @@ class Report:
 
 def examine() -> Report:
     """Look at versions, devices and settings, and check every usable backend on a tiny unit."""
-    return Report(_versions(), _devices(), _settings(), [_check(name) for name in backends()])
+    # The compile comes first, before a check has warmed the compiler up.
+    return Report(_versions(), _devices(), _settings(), _first_compile(), [_check(name) for name in backends()])
 
 
 def kernel_plans(model: nn.Module, input_shape: tuple[int, ...], device: str, dtype: str) -> plans.Table:
@@ -148,6 +171,21 @@ def _settings() -> dict[str, str]:
         VARIABLE: os.environ.get(VARIABLE) or "not set (auto)",
         "backend chosen": chosen(),
     }
+
+
+def _first_compile() -> FirstCompile:
+    """For this machine's GPU, or for Hopper where there is none that Triton's kernels run on."""
+    gpus = range(torch.cuda.device_count()) if backends()["triton"].usable else ()
+    capability = max(map(torch.cuda.get_device_capability, gpus), default=(9, 0))
+    architecture = "sm_{}{}".format(*capability)
+    reason = compilation.refusal()
+    if reason is not None:
+        return FirstCompile(architecture, None, "", reason)
+    try:
+        seconds = compilation.first_compile_seconds(capability)
+    except Exception as error:  # the compiler and the tools that it calls fail in many ways
+        return FirstCompile(architecture, None, "", f"failed for {architecture}: {type(error).__name__}: {error}")
+    return FirstCompile(architecture, seconds, compilation.cache_folder(), "")
 
 
 def _check(name: str) -> BackendReport:
