@@ -7,7 +7,7 @@ canaries, inputs in buffers of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pointfuse.problem import ACTIVATIONS
 from torch import Tensor
-from torch.nn import functional as F
+from units_for_tests import CANARY, EPS, LAYOUTS, MODES, Unit, as_placed, doubled, eager, whole
 from yardstick import error
 
-CANARY = 77.0
-# Arithmetic modes: the tensors' dtype, and for fp32 whether products are rounded to TF32.
-MODES = {
-    "bf16": (torch.bfloat16, False),
-    "fp16": (torch.float16, False),
-    "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False),
-}
 SM80_TILES = range(4)
 on_gpu = False
 
@@ -42,121 +34,23 @@ def _machine(request: pytest.FixtureRequest) -> Iterator[None]:
     on_gpu = False
 
 
-def run(tensors: dict[str, Tensor | None], options: dict[str, Any], how: How) -> dict[str, Any]:
+def run(tensors: dict[str, Tensor | None], given: dict[str, Any], how: How) -> dict[str, Any]:
     """Run the kernel on the CPU's tensors, y among them, on the machine of the moment; its plan."""
     if not on_gpu:
-        return emulator().run(tensors, options, **vars(how))
+        return emulator().run(tensors, given, **vars(how))
     moved = {name: None if t is None else as_placed(whole(t).cuda(), t) for name, t in tensors.items()}
-    plan = gpu().run(moved, options, **vars(how))
+    plan = gpu().run(moved, given, **vars(how))
     for name, t in tensors.items():
         if t is not None:
             whole(t).copy_(whole(moved[name]))
     return plan
 
 
-def _channels_of_wider(before: int, more: int) -> Callable[..., Tensor]:
-    """A slice of a channels_last tensor, from channel ``before`` on; it has a multiple of 8 channels and ``more``."""
-
-    def layout(n: int, c: int, h: int, w: int, **options: Any) -> Tensor:
-        wide = torch.empty(n, (before + c + 7) // 8 * 8 + more, h, w, **options).to(memory_format=torch.channels_last)
-        return wide[:, before : before + c]
-
-    return layout
-
-
-# How a tensor of a given shape may lie in memory: a view, whose storage may hold more.
-LAYOUTS: dict[str, Callable[..., Tensor]] = {
-    "channels_last": lambda *shape, **o: torch.empty(shape, **o).to(memory_format=torch.channels_last),
-    "NCHW": lambda *shape, **o: torch.empty(shape, **o),
-    "aligned channel slice": _channels_of_wider(8, 8),
-    "8-byte channel slice": _channels_of_wider(4, 4),
-    "4-byte channel slice": _channels_of_wider(2, 2),
-    "odd channel slice": _channels_of_wider(3, 1),
-    "plane slice": lambda n, c, h, w, **o: torch.empty(n, c, h + 1, w + 3, **o)[:, :, 1:, 2 : 2 + w],
-    "plane slice of even pitch": lambda n, c, h, w, **o: torch.empty(n, c, h + 4, w + w % 8 + 8, **o)[:, :, 2:-2, :w],
-    "odd offset": lambda n, c, h, w, **o: torch.empty(n * c * h * w + 1, **o)[1:].view(n, c, h, w),
-    "transposed planes": lambda n, c, h, w, **o: torch.empty(n, c, w, h, **o).transpose(2, 3),
-    "every other": lambda n, c, h, w, **o: torch.empty(2 * n, 2 * c, h, 2 * w, **o)[::2, 1::2, :, ::2],
-    "channels outermost": lambda n, c, h, w, **o: torch.empty(c, n, h, w, **o).transpose(0, 1),
-}
-
-
-def place(values: Tensor, layout: str) -> Tensor:
-    """``values`` in the given layout, NaN around them."""
-    view = LAYOUTS[layout](*values.shape, dtype=values.dtype)
-    whole(view).fill_(torch.nan)
-    return view.copy_(values)
-
-
-def whole(view: Tensor) -> Tensor:
-    """All of a view's storage."""
-    storage = view.untyped_storage()
-    return view.new_empty(0).set_(storage, 0, (storage.nbytes() // view.element_size(),))
-
-
-def as_placed(storage: Tensor, view: Tensor) -> Tensor:
-    """The view of another storage that ``view`` is of its own."""
-    return storage.as_strided(view.shape, view.stride(), view.storage_offset())
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A convolution unit and how its tensors lie. ``order`` is the residual's; None: no residual."""
-
-    mode: str = "bf16"
-    shape: tuple[int, int, int, int] = (2, 24, 5, 7)
-    c_out: int = 75
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    batch_norm: bool = True
-    affine: bool = True
-    bias: bool = False
-    channel_dtype: torch.dtype | None = None  # of bias and batch norm; None: that of x
-    activation: str = "leaky_relu"
-    slope: float = 0.5
-    order: str | None = None
-    x_layout: str = "channels_last"
-    weight_layout: str = "channels_last"
-    y_layout: str = "channels_last"
-    residual_layout: str = "channels_last"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return MODES[self.mode][0]
-
-    @property
-    def y_shape(self) -> tuple[int, int, int, int]:
-        n, _, h, w = self.shape
-        h, w = (
-            (size + 2 * pad - kernel) // stride + 1
-            for size, pad, kernel, stride in zip((h, w), self.padding, self.kernel, self.stride, strict=True)
-        )
-        return n, self.c_out, h, w
-
-    def options(self) -> dict[str, Any]:
-        return dict(
-            stride=self.stride, padding=self.padding, eps=EPS, negative_slope=self.slope, activation=self.activation,
-            residual_order=self.order or "add_act", tf32=MODES[self.mode][1], constant_weight=False,
-        )  # fmt: skip
-
-    def operands(self, numbers: Callable[..., Tensor], variance: Callable[..., Tensor]) -> dict[str, Tensor | None]:
-        c_in = self.shape[1]
-        channels = {"dtype": self.channel_dtype or self.dtype}
-
-        def per_channel(present: bool, make: Callable[..., Tensor] = numbers) -> Tensor | None:
-            return make(self.c_out).to(**channels) if present else None
-
-        return dict(
-            x=place(numbers(*self.shape).to(self.dtype), self.x_layout),
-            weight=place(numbers(self.c_out, c_in, *self.kernel).to(self.dtype), self.weight_layout),
-            bias=per_channel(self.bias),
-            mean=per_channel(self.batch_norm),
-            var=per_channel(self.batch_norm, variance),
-            gamma=per_channel(self.batch_norm and self.affine),
-            beta=per_channel(self.batch_norm and self.affine),
-            residual=place(numbers(*self.y_shape).to(self.dtype), self.residual_layout) if self.order else None,
-        )
+def options(unit: Unit) -> dict[str, Any]:
+    return dict(
+        stride=unit.stride, padding=unit.padding, eps=unit.eps, negative_slope=unit.slope, activation=unit.activation,
+        residual_order=unit.order or "add_act", tf32=MODES[unit.mode][1], constant_weight=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,39 +65,19 @@ class How:
     seed: int = 1
 
 
-EPS = 0.5
-
-
 def fused(unit: Unit, operands: dict[str, Tensor | None], how: How) -> tuple[Tensor, dict[str, Any]]:
     """The kernel's output, in the unit's layout, and the plan; asserts that nothing beside the output was written."""
     y = LAYOUTS[unit.y_layout](*unit.y_shape, dtype=unit.dtype)
     whole(y).fill_(CANARY)
     y.fill_(torch.nan)
     before = {name: whole(t).clone() for name, t in operands.items() if t is not None}
-    plan = run(dict(operands, y=y), unit.options(), how)
+    plan = run(dict(operands, y=y), options(unit), how)
     beside = whole(y).clone()
     as_placed(beside, y).fill_(CANARY)
     assert torch.all(beside == CANARY)
     for name, copy in before.items():
         assert torch.equal(whole(operands[name]).nan_to_num(CANARY), copy.nan_to_num(CANARY)), name
     return y, plan
-
-
-def eager(unit: Unit, operands: dict[str, Tensor | None]) -> Tensor:
-    """PyTorch's composition, in the operands' dtypes."""
-    x, weight, bias, mean, var, gamma, beta, residual = operands.values()
-    z = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), unit.stride, unit.padding)
-    if mean is not None:
-        z = F.batch_norm(z, mean, var, gamma, beta, False, 0.0, EPS)
-    if unit.order == "add_act":
-        z = z + residual
-    functions = {"leaky_relu": lambda t: F.leaky_relu(t, unit.slope), "identity": lambda t: t}
-    z = functions.get(unit.activation, getattr(F, unit.activation, None))(z)
-    return z + residual if unit.order == "act_add" else z
-
-
-def doubled(operands: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if t is None else t.double() for name, t in operands.items()}
 
 
 def rounded_to_tf32(t: Tensor) -> Tensor:
@@ -362,7 +236,7 @@ def test_offsets_past_two_to_the_31(far: str) -> None:
     n, c, h, w = values.shape
     memory = torch.from_numpy(np.empty((n - 1) * (2**31 + 8) + c * h * w, dtype=np.int16)).view(unit.dtype)
     tensors[far] = memory.as_strided(values.shape, (2**31 + 8, 1, w * c, c)).copy_(values)
-    run(tensors, unit.options(), How())
+    run(tensors, options(unit), How())
     assert torch.equal(tensors["y"], eager(unit, doubled(operands)).to(unit.dtype))
 
 
