@@ -81,8 +81,8 @@ def first_compile(capsys: pytest.CaptureFixture[str]) -> str:
 def test_doctor_prints_the_first_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor.compilation, "refusal", lambda: None)
     monkeypatch.setattr(doctor.compilation, "first_compile_seconds", lambda capability: 0.94)
-    monkeypatch.setattr(doctor.compilation, "cache_folder", lambda: "/home/u/.triton/cache")
-    kept = "Triton keeps what it compiled in /home/u/.triton/cache"
+    monkeypatch.setattr(doctor.compilation, "cache_folder", lambda: "caches/triton")
+    kept = "Triton keeps what it compiled in caches/triton"
     assert re.fullmatch(rf"0\.9 s for a bf16 1x1 unit on sm_\d+; {kept}", first_compile(capsys))
 
 
