@@ -56,7 +56,7 @@ build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 
 test: build
-	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)
+	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=92) $(PYTEST_ARGS)
 
 # Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
 # kernels too, which write what ours read.
