@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from pointfuse.backends import aten
+from pointfuse.backends import aten, aten_training
 
 if not torch.cuda.is_available():
     # Triton then runs kernels on the CPU, in Python. It reads this when it is imported.
@@ -51,6 +51,7 @@ def _small_units_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse, fold and pack whatever the size: from where it pays is a matter of speed, and would make tests slow."""
     for name in ("_ONEDNN_MIN_INPUT", "_FOLD_MIN_OUTPUTS", "_FOLD_MIN_OUTPUTS_PER_WEIGHT", "_PACK_MIN_MACS"):
         monkeypatch.setattr(aten, name, 0)
+    monkeypatch.setattr(aten_training, "MIN_OUTPUTS", 0)
 
 
 @pytest.fixture(autouse=True)

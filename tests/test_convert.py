@@ -376,7 +376,7 @@ def test_a_branch_on_a_childs_mode_follows_the_child() -> None:
     for m in (model, converted):
         m.train()
         m.bn.eval()
-    assert torch.equal(converted(images()), model(images()))
+    assert gap(converted(images()), model(images())) < 1e-6
 
 
 def test_drawing_from_pythons_generator_goes_on() -> None:
@@ -622,27 +622,28 @@ def test_nothing_is_stale_after(change: str, kind: str) -> None:
 
 
 def test_training_then_evaluating_then_training_follows_the_original() -> None:
-    model = trained(nn.Sequential(Bottleneck(), DarknetBlock(), *unit()))
+    model = trained(nn.Sequential(Bottleneck(), DarknetBlock(), *unit())).double()
     converted = pointfuse.convert(copy.deepcopy(model))
+    x = images().double()
     for _ in range(2):
         for m in (model, converted):
             m.train()
             optimiser = torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)
             optimiser.zero_grad()
-            m(images()).pow(2).mean().backward()
+            m(x).pow(2).mean().backward()
             optimiser.step()
-        assert_infers_like(converted, model, images())
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), converted.state_dict().values(), strict=True)
-    )
+        assert_infers_like(converted, model, x)
+    for a, b in zip(model.state_dict().values(), converted.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_in_evaluation_mode_are_pytorchs() -> None:
-    model = trained(nn.Sequential(Bottleneck(), *unit())).eval()
+    model = trained(nn.Sequential(Bottleneck(), *unit())).eval().double()
     converted = pointfuse.convert(copy.deepcopy(model))
     for m in (model, converted):
-        m(images()).sum().backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), converted.parameters(), strict=True))
+        m(images().double()).sum().backward()
+    for a, b in zip(model.parameters(), converted.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_requires_grad_stays_as_it_was() -> None:

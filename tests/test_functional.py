@@ -180,16 +180,19 @@ def test_gradients_and_statistics_are_pytorchs(activation: str, order: str, trai
                torch.randn(3, 6, 4, 4)]  # fmt: skip
     statistics = [torch.randn(6), torch.rand(6) + 0.5]
     results = []
-    for function in (conv_bn_act, eager):
-        x, weight, bias, gamma, beta, residual = leaves = [t.clone().requires_grad_() for t in tensors]
-        mean, var = (t.clone() for t in statistics)
+    for function, dtype in ((conv_bn_act, torch.float32), (eager, torch.float32), (eager, torch.float64)):
+        x, weight, bias, gamma, beta, residual = leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+        mean, var = (t.to(dtype, copy=True) for t in statistics)
         y = function(x, weight, bias, mean, var, gamma, beta, training=training, activation=activation, stride=2,
                      residual=residual, residual_order=order, momentum=0.3, eps=1e-3, negative_slope=-0.2)  # fmt: skip
         y = y * 1
-        y.backward(torch.ones(()).expand_as(y))  # an expanded gradient
+        y.backward(torch.linspace(-1, 2, 4, dtype=dtype).expand_as(y))  # an expanded gradient
         results.append([y.detach(), mean, var, *(t.grad for t in leaves)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    for i, (actual, expected, exact) in enumerate(zip(*results, strict=True)):
+        if training and i == 5:  # of the convolution's bias, which batch statistics take away again: rounding alone
+            assert actual.abs().max() < 1e-5 * results[2][4].abs().max()
+        else:
+            assert_as_accurate(actual, expected, exact)
 
 
 def test_the_caller_may_change_the_output_in_place_before_backward() -> None:

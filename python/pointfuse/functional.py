@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pointfuse import training as with_gradients
 from pointfuse.backends import select
 from pointfuse.problem import Activation, BatchNorm, Geometry, as_pair, check_activation, check_residual_order
 
@@ -71,6 +72,11 @@ def conv_bn_act(
         as_pair(dilation, "dilation"),
         groups,
     )
-    return select().conv_bn_act(
-        x, weight, bias, bn, Activation(activation, negative_slope), geometry, residual, residual_order
-    )
+    unit = (x, weight, bias, bn, Activation(activation, negative_slope), geometry, residual, residual_order)
+    if (
+        bn is not None
+        and (training or with_gradients.records(x, weight, bias, bn_weight, bn_bias, residual))
+        and with_gradients.serves(x, weight, bias, bn, geometry, residual)
+    ):
+        return with_gradients.conv_bn_act(*unit)  # type: ignore[arg-type]
+    return select().conv_bn_act(*unit)

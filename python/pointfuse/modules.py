@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pointfuse.backends import aten, select
+from pointfuse import training as with_gradients
+from pointfuse.backends import aten, aten_training, select
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry, check_activation, check_residual_order
+
+_RECOMPUTE = "_pointfuse_recompute"
+# Both have one number a channel of an image; the second's statistics may be those of several processes.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.LeakyReLU: lambda m: Activation("leaky_relu", m.negative_slope, m.inplace),
@@ -37,6 +42,8 @@ class ConvBNAct2d(nn.Module):
         activation: ``"leaky_relu"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``leaky_relu``.
         residual_order: where a residual given to ``forward`` goes: ``"add_act"`` or ``"act_add"``.
+        recompute: keep for the backward the input alone, not the convolution's output, which is then convolved again,
+            bit for bit: half the memory, for a third more arithmetic.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class ConvBNAct2d(nn.Module):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         residual_order: str = "add_act",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,6 +78,7 @@ class ConvBNAct2d(nn.Module):
         )
         self.act: nn.Module | None = activation_module(activation, negative_slope)
         self.residual_order = residual_order
+        self.recompute = recompute
 
     @classmethod
     def from_modules(
@@ -78,6 +87,7 @@ class ConvBNAct2d(nn.Module):
         bn: nn.BatchNorm2d | None = None,
         act: nn.Module | None = None,
         residual_order: str = "add_act",
+        recompute: bool = False,
     ) -> ConvBNAct2d:
         """A unit of existing modules, which become its children: parameters and buffers are shared, not copied.
 
@@ -86,8 +96,8 @@ class ConvBNAct2d(nn.Module):
         check_residual_order(residual_order)
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv is a {type(conv).__name__}; it must be an nn.Conv2d")
-        if bn is not None and not isinstance(bn, nn.BatchNorm2d):
-            raise TypeError(f"bn is a {type(bn).__name__}; it must be an nn.BatchNorm2d or None")
+        if bn is not None and not isinstance(bn, BATCH_NORMS):
+            raise TypeError(f"bn is a {type(bn).__name__}; it must be an nn.BatchNorm2d, an nn.SyncBatchNorm or None")
         if act is not None and type(act) not in _ACTIVATION_MODULES:
             accepted = ", ".join(f"nn.{kind.__name__}" for kind in _ACTIVATION_MODULES)
             raise TypeError(f"act is a {type(act).__name__}; it must be one of {accepted}, or None")
@@ -96,7 +106,7 @@ class ConvBNAct2d(nn.Module):
         unit = cls.__new__(cls)
         nn.Module.__init__(unit)
         unit.conv, unit.bn, unit.act = conv, bn, act
-        unit.residual_order = residual_order
+        unit.residual_order, unit.recompute = residual_order, recompute
         unit.training = conv.training
         return unit
 
@@ -110,10 +120,13 @@ class ConvBNAct2d(nn.Module):
         children = self._modules
         conv = children["conv"]
         assert conv is not None
-        return run_unit(x, conv, children.get("bn"), children.get("act"), residual, self.residual_order)
+        return run_unit(
+            x, conv, children.get("bn"), children.get("act"), residual, self.residual_order, False, self.recompute
+        )
 
     def extra_repr(self) -> str:
-        return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
+        said = [] if self.residual_order == "add_act" else [f"residual_order={self.residual_order!r}"]
+        return ", ".join([*said, *(["recompute=True"] if self.recompute else [])])
 
 
 def run_unit(
@@ -124,19 +137,18 @@ def run_unit(
     residual: Tensor | None = None,
     residual_order: str = "add_act",
     residual_inplace: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """The unit made of live modules, fused where that is the same as calling them one by one; else it calls them.
 
     ``act`` is a module, or for a functional activation its description. ``residual_inplace`` says that the model adds
-    the residual in place, whose result has the dtype and shape of the unit's.
+    the residual in place, whose result has the dtype and shape of the unit's. ``recompute`` is as for
+    :class:`ConvBNAct2d`; :func:`set_recompute` says it of a convolution for good.
     """
-    frozen = isinstance(conv, FoldedConv2d)
     if (
-        (frozen or not torch.is_grad_enabled())
-        and isinstance(x, Tensor)
+        isinstance(x, Tensor)
         and x.dim() == 4
         and (residual is None or isinstance(residual, Tensor))
-        and (frozen or (isinstance(conv, nn.Conv2d) and x.numel() >= select().min_input(conv, bn)))
         and not torch.compiler.is_compiling()
         and not torch_module._has_any_global_hook()
         and (activation := activation_of(act)) is not None
@@ -145,14 +157,95 @@ def run_unit(
         if isinstance(conv, FoldedConv2d):
             if not has_hooks(conv) and (bn is None or (type(bn) is FoldedBatchNorm2d and not has_hooks(bn))):
                 return conv.run(x, activation, *rest)
-        elif conv_refusal(conv) is None and (bn is None or (bn_refusal(bn) is None and not bn.training)):
-            assert isinstance(conv, nn.Conv2d)
-            geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-            operands = None if bn is None else running_statistics(bn)
-            if operands is None or operands.running_mean is not None:
-                weight, bias = _parameters(conv)
-                return select().conv_bn_act(x, weight, bias, operands, activation, geometry, *rest)
+        elif isinstance(conv, nn.Conv2d):
+            y = _run_live(x, conv, bn, activation, *rest, recompute or _RECOMPUTE in conv.__dict__)
+            if y is not None:
+                return y
     return _compose(x, conv, bn, act, residual, residual_order, residual_inplace)
+
+
+def set_recompute(conv: nn.Module) -> None:
+    """Have every unit of a convolution keep its input alone for the backward."""
+    conv.__dict__[_RECOMPUTE] = True
+
+
+def forget_recompute(conv: nn.Module) -> None:
+    """Undo :func:`set_recompute`."""
+    conv.__dict__.pop(_RECOMPUTE, None)
+
+
+def min_input(conv: nn.Conv2d, bn: nn.Module | None) -> int:
+    """From how many input elements :func:`run_unit` may be faster than the modules one by one, where ATen serves it."""
+    if isinstance(bn, nn.SyncBatchNorm) or _RECOMPUTE in conv.__dict__:
+        return 0
+    evaluating = aten.min_input(conv, bn)
+    return evaluating if bn is None else min(evaluating, aten_training.min_input(conv))
+
+
+def _run_live(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    activation: Activation,
+    residual: Tensor | None,
+    residual_order: str,
+    residual_inplace: bool,
+    recompute: bool,
+) -> Tensor | None:
+    """The unit fused, or ``None`` where its modules are to be called."""
+    size, training = x.numel(), bn is not None and bn.training
+    may_record = training or torch.is_grad_enabled()
+    # The cheap test first: there are units that take no longer than the rest of this function.
+    if may_record and (bn is None or (size < min_input(conv, bn) and not recompute and select() is aten)):
+        return None
+    if not may_record and size < select().min_input(conv, bn):
+        return None
+    if conv_refusal(conv) is not None or (bn is not None and bn_refusal(bn) is not None):
+        return None
+    weight, bias = _parameters(conv)
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    operands = None if bn is None else _operands(bn)
+    unit = (x, weight, bias, operands, activation, geometry, residual, residual_order)
+    if operands is None:
+        return None if may_record else select().conv_bn_act(*unit, residual_inplace)
+    if not training and not with_gradients.records(x, weight, bias, operands.weight, operands.bias, residual):
+        return None if operands.running_mean is None else select().conv_bn_act(*unit, residual_inplace)
+    group = process_group(bn)
+    if not with_gradients.serves(x, weight, bias, operands, geometry, residual, recompute=recompute, group=group):
+        return None
+    assert isinstance(bn, _BatchNorm)
+    if training:
+        operands = operands._replace(momentum=_count_batch(bn))
+    return with_gradients.conv_bn_act(
+        x, weight, bias, operands, activation, geometry, residual, residual_order, recompute=recompute, group=group
+    )
+
+
+def process_group(bn: nn.Module | None) -> Any:
+    """The processes over which a batch norm takes its statistics now, or ``None`` for this process alone."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _count_batch(bn: _BatchNorm) -> float:
+    """Count a batch, as ``nn.BatchNorm2d`` does, and give the weight of its statistics in the running ones."""
+    if bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return 1.0 / float(bn.num_batches_tracked)
+    return bn.momentum or 0.0
+
+
+def _operands(bn: nn.Module) -> BatchNorm:
+    """The operands of a batch norm in the mode that it is in; ``momentum`` is not yet known."""
+    if not bn.training:
+        return running_statistics(bn)
+    mean, var = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
+    return BatchNorm(mean, var, *_parameters(bn), True, 0.0, bn.eps)  # type: ignore[arg-type]
 
 
 def activation_of(act: nn.Module | Activation | tuple[Any, ...] | None) -> Activation | None:
@@ -187,7 +280,7 @@ def conv_refusal(conv: nn.Module) -> str | None:
 
 def bn_refusal(bn: nn.Module) -> str | None:
     """Why a module cannot be a unit's batch norm, or ``None`` where it can."""
-    if type(bn) is not nn.BatchNorm2d:
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
         if not isinstance(bn, nn.BatchNorm2d):
             return f"it is a {type(bn).__name__}, not an nn.BatchNorm2d"
         own_check = type(bn)._check_input_dim is not nn.BatchNorm2d._check_input_dim
@@ -209,7 +302,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def running_statistics(bn: nn.Module) -> BatchNorm:
     """The operands of a batch norm in evaluation mode, as they are now."""
-    assert isinstance(bn, nn.BatchNorm2d)
+    assert isinstance(bn, _BatchNorm)
     try:
         mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
     except KeyError:
@@ -217,7 +310,7 @@ def running_statistics(bn: nn.Module) -> BatchNorm:
     return BatchNorm(mean, var, *_parameters(bn), False, 0.0, bn.eps)
 
 
-def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Any, Any]:
+def _parameters(module: nn.Module) -> tuple[Any, Any]:
     """Weight and bias; those that are no parameters of their own, as a parametrisation's, by attribute."""
     try:
         return module._parameters["weight"], module._parameters["bias"]

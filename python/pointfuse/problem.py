@@ -31,6 +31,15 @@ class Geometry(NamedTuple):
             and self.groups > 0
         )
 
+    def resolved(self, kernel: Size | tuple[int, ...]) -> Geometry:
+        """The same with padding as numbers; as it is where ``"same"`` pads unevenly or PyTorch has an error to say."""
+        if self.padding == "valid":
+            return self._replace(padding=(0, 0))
+        reach = [d * (k - 1) for d, k in zip(self.dilation, kernel[-2:], strict=True)]
+        if self.padding == "same" and self.stride == (1, 1) and not any(r % 2 for r in reach):
+            return self._replace(padding=(reach[0] // 2, reach[1] // 2))
+        return self
+
     def output_plane(self, input_shape: Size | tuple[int, ...], kernel: Size | tuple[int, ...]) -> Pair:
         """Height and width of the output of a well-formed geometry, from ``[batch, c, h, w]`` and ``[.., kh, kw]``."""
         padding = self.padding

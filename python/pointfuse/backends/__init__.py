@@ -7,6 +7,7 @@ of their own share stands in ``calls.py``.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pointfuse.backends import aten, cuda, triton
+from pointfuse.backends import aten, aten_training, cuda, triton
 from pointfuse.problem import Refused
 
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "aten": aten}
+# With kernels of their own for units with gradients; imported when first asked for.
+_TRAINING = {"cuda": "pointfuse.backends.cuda_training", "triton": "pointfuse.backends.triton.training"}
 NAMES = ("auto", "cuda", "triton", "aten")
 VARIABLE = "POINTFUSE_BACKEND"
 STRICT_VARIABLE = "POINTFUSE_STRICT"
@@ -92,10 +95,10 @@ class Preferred:
         except Refused as refused:
             reason = str(refused)
         if _strict:
-            self._announce(reason)
+            self.announce(reason)
         # A wrong call gets PyTorch's own error before anything is said.
         y = aten.conv_bn_act(*unit)
-        self._announce(reason)
+        self.announce(reason)
         return y
 
     def frozen_conv_act(self, *unit: Any, channels_last: bool) -> Tensor | None:
@@ -103,10 +106,11 @@ class Preferred:
         try:
             return self.module.conv_bn_act(*unit, frozen=True, channels_last=channels_last, **self._options)
         except Refused as refused:
-            self._announce(str(refused))
+            self.announce(str(refused))
             return None
 
-    def _announce(self, reason: str) -> None:
+    def announce(self, reason: str) -> None:
+        """Say that ATen serves a call, or a part of one, that this backend does not."""
         # "auto" takes whatever is best, and that is not worth a word.
         if _requested == "auto":
             return
@@ -136,6 +140,25 @@ def select() -> ModuleType | Preferred:
         return _prefer("auto")
     _admit(_requested)
     return _preferred[_requested]
+
+
+def training_steps() -> ModuleType:
+    """What takes the steps of the next unit with gradients: a module with the functions of ``aten_training``.
+
+    "auto" leaves them to ATen: the kernels have not been measured in training.
+    """
+    if _requested in ("auto", "aten"):
+        return aten_training
+    _admit(_requested)
+    return importlib.import_module(_TRAINING[_requested])
+
+
+def announce_refusal(reason: str) -> None:
+    """Say, once a reason, that ATen takes a step which the backend that was asked for refuses.
+
+    Raises ``RuntimeError`` instead with ``strict``.
+    """
+    _preferred[_requested].announce(reason)
 
 
 def chosen() -> str:

@@ -25,7 +25,7 @@ from pointfuse.convert.hosts import (
 from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
-from pointfuse.modules import ConvBNAct2d
+from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
 
 __all__ = ["NewShapeWarning", "Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
 
@@ -46,7 +46,12 @@ def plan(model: nn.Module, example_inputs: ExampleInputs = None) -> Plan:
 
 
 def convert(
-    model: nn.Module, example_inputs: ExampleInputs = None, inplace: bool = False, verify: bool = False
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    inplace: bool = False,
+    verify: bool = False,
+    *,
+    recompute: bool = False,
 ) -> nn.Module:
     """A model whose convolution units run fused, for inference and training.
 
@@ -61,6 +66,8 @@ def convert(
             and buffers: training either trains both, and no second copy of the weights is kept.
         verify: run both models on the example inputs in evaluation and training mode first, and raise
             :class:`VerificationError` with the worst module's name and figures where they differ.
+        recompute: in training every unit keeps its input alone and convolves again in the backward: half the memory
+            of the units, for a third more arithmetic. ``False`` leaves the units that a model already has as they are.
 
     Returns:
         the converted model; converting it again changes nothing.
@@ -71,7 +78,7 @@ def convert(
         raise ValueError("verify=True runs the models: pass example_inputs")
     target = model if inplace and not verify else _copy(model)
     found = analyse(target, example_inputs)
-    _install(found)
+    _install(found, recompute)
     if not any(h.sites for h in found) and not any(isinstance(m, ConvBNAct2d) for m in model.modules()):
         warnings.warn(
             "pointfuse.convert found no unit in this model; pointfuse.plan(model) lists the reason of each convolution",
@@ -81,7 +88,7 @@ def convert(
     if verify:
         verification.verify(model, target, example_inputs)
         if inplace:
-            _install(analyse(model, example_inputs))
+            _install(analyse(model, example_inputs), recompute)
     return model if inplace else target
 
 
@@ -99,6 +106,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
     for module in list(model.modules()):
         if is_host(module):
             uninstall(module)
+        forget_recompute(module)
         for name, child in module._modules.items():
             if isinstance(child, ConvBNAct2d):
                 module._modules[name] = _sequential(child)
@@ -199,8 +207,11 @@ def _check(model: nn.Module, function: str) -> None:
         raise TypeError(f"this model is a ScriptModule: call pointfuse.{function} on the Python model it was made from")
 
 
-def _install(found: list[HostPlan]) -> None:
+def _install(found: list[HostPlan], recompute: bool) -> None:
     for host in found:
+        if recompute:
+            for site in host.sites:
+                set_recompute(host.module.get_submodule(site.conv))
         if host.sites and not isinstance(host.module, ConvBNAct2d):
             install(host.module, host.traces, host.example)
 

@@ -181,6 +181,7 @@ def install(
     if traces is not None:
         module.__dict__[_TRACES] = traces
         module.__dict__[_EXAMPLE] = example
+    module.__dict__.pop(_RUNS, None)
     _set_class(module, fused=True)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pointfuse.convert.structure import Site, is_sequential
 from pointfuse.convert.tracing import Reads, Tracer, Untraceable, compile_graph, names_read
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
-from pointfuse.modules import activation_of, bn_refusal, conv_refusal, run_unit
+from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, run_unit
 from pointfuse.problem import IDENTITY, Activation
 
 _FUNCTIONAL_ACTIVATIONS: dict[Any, str] = {
@@ -134,7 +134,7 @@ class _Fuser:
 
         chain = _Chain(conv, x)
         following = _only_user(conv)
-        if following is not None and self._module_at(following, FoldedBatchNorm2d if frozen else nn.BatchNorm2d):
+        if following is not None and self._module_at(following, FoldedBatchNorm2d if frozen else BATCH_NORMS):
             if not frozen and (reason := bn_refusal(self.modules[str(following.target)])):
                 return f"batch norm {following.target} follows, but {reason}"
             chain.bn = chain.last = following
@@ -185,7 +185,7 @@ class _Fuser:
         for node in reversed(nodes):
             self.graph.erase_node(node)
 
-    def _module_at(self, node: fx.Node, kind: type[nn.Module]) -> bool:
+    def _module_at(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
         called = node.op == "call_module" and _sole_input(node) is not None
         return called and isinstance(self.modules[str(node.target)], kind)
 
@@ -242,7 +242,9 @@ class _Fuser:
             return node.op != "call_method"
         module = self.modules[str(node.target)]
         first = next(module.children(), module) if is_sequential(module) else module
-        return isinstance(first, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | FoldedConv2d)
+        return isinstance(
+            first, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm | nn.MaxPool2d | nn.AvgPool2d | FoldedConv2d
+        )
 
     def _memory_of(self, node: fx.Node) -> set[fx.Node]:
         """The nodes whose memory a node's value may share; a convolution's or a unit's is its own."""
@@ -254,7 +256,10 @@ class _Fuser:
                 continue
             found.add(current)
             called = self.modules.get(str(current.target)) if current.op == "call_module" else None
-            fresh = isinstance(called, nn.Conv2d | nn.BatchNorm2d | FoldedConv2d) or current.target is run_unit
+            fresh = (
+                isinstance(called, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm | FoldedConv2d)
+                or current.target is run_unit
+            )
             if not fresh:
                 waiting.extend(current.all_input_nodes)
         return found

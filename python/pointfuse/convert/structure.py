@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pointfuse.backends import aten, select
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
-from pointfuse.modules import activation_of, bn_refusal, conv_refusal, run_unit
+from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, min_input, run_unit
 from pointfuse.problem import IDENTITY, Activation
 
 
@@ -98,7 +98,7 @@ def run_at(modules: Sequence[nn.Module], start: int) -> Run | None:
     parts = tuple(m for m in (conv, bn, act) if m is not None)
     if len(parts) == 1:
         return None
-    return Run(parts, conv, bn, act, aten.min_input(conv, bn) if isinstance(conv, nn.Conv2d) else 0)
+    return Run(parts, conv, bn, act, min_input(conv, bn) if isinstance(conv, nn.Conv2d) else 0)
 
 
 def runs_of(modules: Sequence[nn.Module]) -> list[Run | nn.Module]:
@@ -144,6 +144,6 @@ def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
 def _what_follows(following: Sequence[nn.Module]) -> str:
     if not following:
         return "nothing follows that could be fused"
-    if isinstance(following[0], nn.BatchNorm2d):
+    if isinstance(following[0], BATCH_NORMS):
         return f"batch norm follows, but {bn_refusal(following[0])}"
     return f"{type(following[0]).__name__} follows, which is neither batch norm nor a known activation"

@@ -1,0 +1,293 @@
+"""The unit in training, in PyTorch's own operators.
+
+Between the convolutions, whose forward and backward are PyTorch's, lie passes over memory. Here they go over the output
+a piece at a time, so that what one operator writes the next finds in cache. The pre-activation is not kept: the
+backward makes it again from the convolution's output.
+
+The functions are those that every backend has for training:
+
+    conv        y = conv(x, weight) + bias, and the statistics of its parts where they come for nothing
+    normalise   out = act(gamma * (y - mean) * rstd + beta), with the residual
+    sums        of dz and of dz * x_hat, which the gradients need
+    gradients   of y, residual, gamma and beta
+
+``parts`` are ``[P, 3, c_out]``: count, mean and sum of squared deviations of each part of y, or ``[P, 2, c_out]``: the
+two sums. Statistics are fp32, or fp64 for fp64 tensors. ``y`` is dense, contiguous or channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pointfuse.backends import aten
+from pointfuse.problem import Activation, Geometry
+
+_ops = torch.ops.aten
+# From how many output elements a unit on the CPU is as fast here as its modules one by one.
+MIN_OUTPUTS = 1 << 16
+# Elements that the passes over a piece keep in cache, a megabyte in fp32.
+_PIECE = 1 << 18
+_PER_CHANNEL = (0, 2, 3)
+
+
+def min_input(conv: nn.Conv2d) -> int:
+    """From how many input elements a unit may have :data:`MIN_OUTPUTS`, as if its stride were one."""
+    return MIN_OUTPUTS * conv.in_channels // conv.out_channels
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, statistics: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution's output. Its statistics take a pass of their own: :func:`normalise` makes them."""
+    return aten.conv(x, weight, bias, geometry), None
+
+
+def statistics(y: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of all of ``y``: ``[1, 3, c_out]``."""
+    wide = _wide(y)
+    count = y.numel() // y.shape[1]
+    if count == 0:
+        return torch.zeros(1, 3, y.shape[1], dtype=wide, device=y.device)
+    mean = y.sum(_PER_CHANNEL, dtype=wide) / count
+    squares = torch.zeros_like(mean)
+    for piece in _pieces(y, by_rows=True):
+        squares += (y[piece] - _per_channel(mean)).square_().sum(_PER_CHANNEL)
+    return torch.stack((torch.full_like(mean, count), mean, squares))[None]
+
+
+def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations of all parts together, each ``[c_out]``; parts may be empty.
+
+    Source: T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+    1979.
+    """
+    counts, means, squares = parts.unbind(1)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    return count, mean, (squares + counts * (means - mean).square()).sum(0)
+
+
+def normalise(
+    y: Tensor,
+    parts: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+    residual_order: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm, residual and activation, and the mean and reciprocal deviation that normalised.
+
+    Without ``mean`` and ``rstd`` they are those of ``y`` (of its ``parts``, where given), and the running statistics,
+    where given, are updated in place.
+    """
+    if mean is None or rstd is None:
+        if parts is None and not _in_pieces(y) and (running_mean is None or running_mean.dtype == _wide(y)):
+            z, mean, rstd = torch.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
+            return aten.finish(z, activation, residual, residual_order, False, True), mean, rstd
+        if parts is None and _in_pieces(y) and y.is_contiguous(memory_format=torch.channels_last):
+            mean, var = _ops.batch_norm_update_stats(y, running_mean, running_var, momentum)
+            rstd = torch.rsqrt(var + eps)
+        else:
+            mean, rstd = finalise(statistics(y) if parts is None else parts, running_mean, running_var, momentum, eps)
+    out = torch.empty_like(y)
+    for piece, z in _pre_activations(y, mean, rstd, gamma, beta, out):
+        added = None if residual is None else residual[piece]
+        finished = aten.finish(z, activation, added, residual_order, False, True)
+        assert finished.data_ptr() == z.data_ptr()
+    return out, mean, rstd
+
+
+def finalise(
+    parts: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of all parts together; the running statistics are updated in place."""
+    count, mean, squares = merge(parts)
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((squares / (count - 1)).to(running_var.dtype), momentum)
+    return mean, torch.rsqrt(squares / count + eps)
+
+
+def sums(
+    grad_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    residual_order: str,
+) -> Tensor:
+    """The sums of dz and of dz * x_hat: ``[1, 2, c_out]``."""
+    dz = _activation_gradient(grad_out, y, mean, rstd, gamma, beta, residual, activation, residual_order)
+    return _sums_of(dz, y, mean, rstd)
+
+
+def gradients(
+    grad_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    residual_order: str,
+    parts: Tensor | None,
+    count: float,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of y, of a residual that the activation sees, of gamma and of beta.
+
+    ``parts`` are the sums over all ``count`` elements a channel that were normalised together, or ``None`` where the
+    statistics do not depend on ``y``; then there is no gradient of gamma and beta.
+    """
+    dz = _activation_gradient(grad_out, y, mean, rstd, gamma, beta, residual, activation, residual_order)
+    d_residual = dz if want_residual and residual_order == "add_act" else None
+    scale = rstd if gamma is None else rstd * gamma
+    if parts is None:
+        return (dz * _per_channel(scale)).to(y.dtype), d_residual, None, None
+    d_beta, d_gamma = parts.sum(0)
+    slope = -(rstd * d_gamma / count)
+    offset = -(d_beta / count) - mean * slope
+    dy = torch.addcmul(_per_channel(offset), y.to(offset.dtype), _per_channel(slope)).add_(dz)
+    return dy.mul_(_per_channel(scale)).to(y.dtype), d_residual, d_gamma, d_beta
+
+
+def backward(
+    grad_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    residual_order: str,
+    batch_statistics: bool,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`sums` and :func:`gradients` at once, of those gradients that are wanted."""
+    want_y, want_residual, *want_norm = wanted
+    dz = _activation_gradient(grad_out, y, mean, rstd, gamma, beta, residual, activation, residual_order)
+    d_residual = dz if want_residual and residual_order == "add_act" else None
+    if not want_y and not any(want_norm):
+        return None, d_residual, None, None
+    running = (None, None) if batch_statistics else (mean, rstd.pow(-2))
+    dy, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+        dz, y, gamma, *running, mean, rstd, batch_statistics, 0.0, [want_y, *want_norm]
+    )
+    return dy, d_residual, d_gamma, d_beta
+
+
+def _activation_gradient(
+    grad_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    residual_order: str,
+) -> Tensor:
+    """dz: the gradient through the activation, of the layout of ``y``."""
+    if activation.name == "identity":
+        return grad_out
+    dz = torch.empty_like(y)
+    for piece, z in _pre_activations(y, mean, rstd, gamma, beta, None):
+        if residual is not None and residual_order == "add_act":
+            z.add_(residual[piece])
+        _through_activation(grad_out[piece], z, activation, dz[piece])
+    return dz
+
+
+def _through_activation(grad_out: Tensor, z: Tensor, activation: Activation, dz: Tensor) -> None:
+    if activation.name == "leaky_relu":
+        _ops.leaky_relu_backward.grad_input(grad_out, z, activation.negative_slope, False, grad_input=dz)
+    elif activation.name == "relu":
+        _ops.threshold_backward.grad_input(grad_out, z, 0, grad_input=dz)
+    elif activation.name == "relu6":
+        _ops.hardtanh_backward.grad_input(grad_out, z, 0, 6, grad_input=dz)
+    else:
+        _ops.silu_backward.grad_input(grad_out, z, grad_input=dz)
+
+
+def _pre_activations(
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor | None
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """gamma * (y - mean) * rstd + beta, a piece at a time: where it lies in ``y``, and its values.
+
+    They are written to that piece of ``into``, or to memory that the next piece is written to.
+    """
+    by_pieces = _in_pieces(y)
+    scale = rstd if gamma is None else rstd * gamma
+    shift = -mean * scale if beta is None else beta - mean * scale
+    column, offset = _per_channel(scale), _per_channel(shift)
+    channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    memory: Tensor | None = None
+    for piece in _pieces(y, by_rows=by_pieces):
+        source = y[piece]
+        if into is not None:
+            z = into[piece]
+        else:
+            memory = torch.empty_like(source) if memory is None else memory
+            z = memory[: len(source), :, : source.shape[2]]
+        if not by_pieces:
+            # Of half precision, whose products are to be rounded once.
+            nothing = torch.empty(0, device=y.device)
+            var = rstd.pow(-2)
+            _ops.native_batch_norm.out(
+                source, gamma, beta, mean, var, False, 0.0, 0.0, out=z, save_mean=nothing, save_invstd=nothing
+            )
+        elif channels_last:
+            torch.addcmul(offset, source, column, out=z)
+        else:
+            # With numbers that do not change along a row, addcmul is not vectorised.
+            torch.mul(source, column, out=z).add_(offset)
+        yield piece, z
+
+
+def _in_pieces(y: Tensor) -> bool:
+    """Whether y's elements can be multiplied by fp32 statistics without a change of dtype."""
+    return y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
+
+
+def _pieces(y: Tensor, by_rows: bool) -> Iterator[tuple[slice, ...]]:
+    """Where the pieces of a tensor lie: some images, or ``by_rows`` some rows of one where an image is larger."""
+    batch, channels, height, width = y.shape
+    images = max(1, _PIECE // max(1, channels * height * width)) if y.device.type == "cpu" else batch
+    rows = max(1, _PIECE // max(1, channels * width)) if by_rows and images == 1 else max(1, height)
+    for n in range(0, batch, max(1, images)):
+        for h in range(0, height, rows):
+            yield slice(n, n + images), slice(None), slice(h, h + rows)
+
+
+def _sums_of(dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    wide = _wide(y)
+    if y.numel() == 0:
+        return torch.zeros(1, 2, y.shape[1], dtype=wide, device=y.device)
+    _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+        dz, y, torch.ones_like(mean), None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return torch.stack((d_beta, d_gamma))[None].to(wide)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(t: Tensor) -> Tensor:
+    return t.reshape(1, -1, 1, 1)
