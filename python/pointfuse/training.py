@@ -60,7 +60,8 @@ def serves(
         return True
     # On a GPU, PyTorch's own kernels one by one are as fast as the same with another pass between.
     height, width = geometry.resolved(weight.shape).output_plane(x.shape, weight.shape)
-    return not x.is_cuda and len(x) * len(weight) * height * width >= aten_training.MIN_OUTPUTS
+    dtype = _autocast_dtype(x, "cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return not x.is_cuda and aten_training.pays(len(x) * len(weight) * height * width, weight, dtype)
 
 
 def conv_bn_act(

@@ -18,6 +18,7 @@ two sums. Statistics are fp32, or fp64 for fp64 tensors. ``y`` is dense, contigu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,32 @@ from pointfuse.backends import aten
 from pointfuse.problem import Activation, Geometry
 
 _ops = torch.ops.aten
-# From how many output elements a unit on the CPU is as fast here as its modules one by one.
-MIN_OUTPUTS = 1 << 16
+# A unit's Python costs half a millisecond more than three modules', with cold caches: 2% of what so many multiply-adds
+# a thread take, forward and backward.
+MIN_MACS_PER_THREAD = 1 << 28
+# In half precision the pass that makes the pre-activation again must be hidden by more arithmetic.
+MIN_MACS_PER_OUTPUT_IN_HALF = 1024
 # Elements that the passes over a piece keep in cache, a megabyte in fp32.
 _PIECE = 1 << 18
 _PER_CHANNEL = (0, 2, 3)
 
+# An index of a tensor.
+Piece = tuple[slice, ...] | EllipsisType
+
 
 def min_input(conv: nn.Conv2d) -> int:
-    """From how many input elements a unit may have :data:`MIN_OUTPUTS`, as if its stride were one."""
-    return MIN_OUTPUTS * conv.in_channels // conv.out_channels
+    """From how many input elements :func:`pays` may say yes, as if the stride were one."""
+    kernel_height, kernel_width = conv.kernel_size
+    macs_per_input = conv.out_channels // conv.groups * kernel_height * kernel_width
+    return MIN_MACS_PER_THREAD * torch.get_num_threads() // max(1, macs_per_input)
+
+
+def pays(outputs: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a unit on the CPU is as fast here as its modules one by one."""
+    macs_per_output = weight.numel() // weight.shape[0]
+    if outputs * macs_per_output < MIN_MACS_PER_THREAD * torch.get_num_threads():
+        return False
+    return dtype.itemsize > 2 or macs_per_output >= MIN_MACS_PER_OUTPUT_IN_HALF
 
 
 def conv(
@@ -96,7 +113,7 @@ def normalise(
             return aten.finish(z, activation, residual, residual_order, False, True), mean, rstd
         if parts is None and _in_pieces(y) and y.is_contiguous(memory_format=torch.channels_last):
             mean, var = _ops.batch_norm_update_stats(y, running_mean, running_var, momentum)
-            rstd = torch.rsqrt(var + eps)
+            rstd = var.add_(eps).rsqrt_()
         else:
             mean, rstd = finalise(statistics(y) if parts is None else parts, running_mean, running_var, momentum, eps)
     out = torch.empty_like(y)
@@ -132,7 +149,7 @@ def sums(
 ) -> Tensor:
     """The sums of dz and of dz * x_hat: ``[1, 2, c_out]``."""
     dz = _activation_gradient(grad_out, y, mean, rstd, gamma, beta, residual, activation, residual_order)
-    return _sums_of(dz, y, mean, rstd)
+    return torch.stack(_sums_of(dz, y, mean, rstd))[None]
 
 
 def gradients(
@@ -185,11 +202,35 @@ def backward(
     d_residual = dz if want_residual and residual_order == "add_act" else None
     if not want_y and not any(want_norm):
         return None, d_residual, None, None
+    if want_y and batch_statistics and _in_pieces(y) and dz is not grad_out and d_residual is None:
+        d_beta, d_gamma = _sums_of(dz, y, mean, rstd)
+        return _gradient_of_y(dz, y, mean, rstd, gamma, d_beta, d_gamma), None, d_gamma, d_beta
     running = (None, None) if batch_statistics else (mean, rstd.pow(-2))
     dy, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
         dz, y, gamma, *running, mean, rstd, batch_statistics, 0.0, [want_y, *want_norm]
     )
     return dy, d_residual, d_gamma, d_beta
+
+
+def _gradient_of_y(
+    dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, d_beta: Tensor, d_gamma: Tensor
+) -> Tensor:
+    """dy = gamma * rstd * (dz - d_beta / N - x_hat * d_gamma / N), in the memory of ``dz``.
+
+    Fresh memory would cost as much as the arithmetic.
+    """
+    scale = rstd if gamma is None else rstd * gamma
+    share = scale * (-y.shape[1] / y.numel())
+    slope = share * rstd * d_gamma
+    offset = torch.addcmul(share * d_beta, mean, slope, value=-1)
+    column = _per_channel(scale)
+    channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    for piece, t in _affine(y, slope, offset, None):
+        if channels_last:
+            torch.addcmul(t, dz[piece], column, out=dz[piece])
+        else:
+            dz[piece].mul_(column).add_(t)
+    return dz
 
 
 def _activation_gradient(
@@ -227,32 +268,31 @@ def _through_activation(grad_out: Tensor, z: Tensor, activation: Activation, dz:
 
 def _pre_activations(
     y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor | None
-) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+) -> Iterator[tuple[Piece, Tensor]]:
     """gamma * (y - mean) * rstd + beta, a piece at a time: where it lies in ``y``, and its values.
 
     They are written to that piece of ``into``, or to memory that the next piece is written to.
     """
-    by_pieces = _in_pieces(y)
-    scale = rstd if gamma is None else rstd * gamma
-    shift = -mean * scale if beta is None else beta - mean * scale
+    if _in_pieces(y):
+        scale = rstd if gamma is None else rstd * gamma
+        shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+        yield from _affine(y, scale, shift, into)
+        return
+    # Of half precision, whose products are to be rounded once.
+    nothing, var = torch.empty(0, device=y.device), rstd.pow(-2)
+    for piece, source, z in _pieces_of(y, into, by_rows=False):
+        _ops.native_batch_norm.out(
+            source, gamma, beta, mean, var, False, 0.0, 0.0, out=z, save_mean=nothing, save_invstd=nothing
+        )
+        yield piece, z
+
+
+def _affine(y: Tensor, scale: Tensor, shift: Tensor, into: Tensor | None) -> Iterator[tuple[Piece, Tensor]]:
+    """scale * y + shift, a piece at a time, as :func:`_pre_activations`."""
     column, offset = _per_channel(scale), _per_channel(shift)
     channels_last = y.is_contiguous(memory_format=torch.channels_last)
-    memory: Tensor | None = None
-    for piece in _pieces(y, by_rows=by_pieces):
-        source = y[piece]
-        if into is not None:
-            z = into[piece]
-        else:
-            memory = torch.empty_like(source) if memory is None else memory
-            z = memory[: len(source), :, : source.shape[2]]
-        if not by_pieces:
-            # Of half precision, whose products are to be rounded once.
-            nothing = torch.empty(0, device=y.device)
-            var = rstd.pow(-2)
-            _ops.native_batch_norm.out(
-                source, gamma, beta, mean, var, False, 0.0, 0.0, out=z, save_mean=nothing, save_invstd=nothing
-            )
-        elif channels_last:
+    for piece, source, z in _pieces_of(y, into, by_rows=True):
+        if channels_last:
             torch.addcmul(offset, source, column, out=z)
         else:
             # With numbers that do not change along a row, addcmul is not vectorised.
@@ -260,14 +300,28 @@ def _pre_activations(
         yield piece, z
 
 
+def _pieces_of(y: Tensor, into: Tensor | None, by_rows: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """Where each piece lies, the piece, and memory of its shape: that of ``into``, or the same for every piece."""
+    memory: Tensor | None = None
+    for piece in _pieces(y, by_rows):
+        source = y[piece]
+        if into is None and memory is None:
+            memory = torch.empty_like(source)
+        yield piece, source, into[piece] if memory is None else memory[: len(source), :, : source.shape[2]]  # type: ignore[index]
+
+
 def _in_pieces(y: Tensor) -> bool:
     """Whether y's elements can be multiplied by fp32 statistics without a change of dtype."""
     return y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
 
 
-def _pieces(y: Tensor, by_rows: bool) -> Iterator[tuple[slice, ...]]:
+def _pieces(y: Tensor, by_rows: bool) -> Iterator[Piece]:
     """Where the pieces of a tensor lie: some images, or ``by_rows`` some rows of one where an image is larger."""
     batch, channels, height, width = y.shape
+    if y.numel() <= _PIECE:
+        # Half the cost of a slice.
+        yield ...
+        return
     images = max(1, _PIECE // max(1, channels * height * width)) if y.device.type == "cpu" else batch
     rows = max(1, _PIECE // max(1, channels * width)) if by_rows and images == 1 else max(1, height)
     for n in range(0, batch, max(1, images)):
@@ -275,14 +329,14 @@ def _pieces(y: Tensor, by_rows: bool) -> Iterator[tuple[slice, ...]]:
             yield slice(n, n + images), slice(None), slice(h, h + rows)
 
 
-def _sums_of(dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    wide = _wide(y)
+def _sums_of(dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of dz and of dz * x_hat."""
     if y.numel() == 0:
-        return torch.zeros(1, 2, y.shape[1], dtype=wide, device=y.device)
-    _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
-        dz, y, torch.ones_like(mean), None, None, mean, rstd, True, 0.0, [False, True, True]
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, of_products, of_dz = _ops.native_batch_norm_backward(
+        dz, y, None, None, None, mean, rstd, True, 0.0, [False, True, True]
     )
-    return torch.stack((d_beta, d_gamma))[None].to(wide)
+    return of_dz.to(mean.dtype), of_products.to(mean.dtype)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -290,4 +344,4 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _per_channel(t: Tensor) -> Tensor:
-    return t.reshape(1, -1, 1, 1)
+    return t.view(1, -1, 1, 1)
