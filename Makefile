@@ -11,7 +11,8 @@ CUTLASS ?= nvidia-cutlass==4.2.*
 COMPUTE_SANITIZER ?= compute-sanitizer
 # What runs on a GPU besides the emulator.
 GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py \
-  tests/test_kernel_backends.py tests/test_triton_kernels.py tests/test_tune.py
+  tests/test_kernel_backends.py tests/test_triton_kernels.py tests/test_tune.py tests/test_cuda_statistics.py \
+  tests/test_cuda_training.py tests/test_cuda_forward.py tests/test_triton_training.py
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
@@ -56,7 +57,7 @@ build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 
 test: build
-	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=92) $(PYTEST_ARGS)
+	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)
 
 # Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
 # kernels too, which write what ours read.

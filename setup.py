@@ -176,7 +176,7 @@ def cuda_part(compiler: str) -> Part:
     libraries = f"-L{quoted(torch / 'lib')} -Xlinker --no-as-needed -ltorch -ltorch_cpu -Xlinker --exclude-libs,ALL"
     part.rule("link_cuda", f"{compile_with} -shared --no-device-link -cudart static $in -o $out {libraries}")
     objects = [
-        part.edge("nvcc", f"{path.stem}.o", [path], more=f"{SM80} {SM90}" if "sm80" in path.stem else SM90)
+        part.edge("nvcc", f"{path.stem}.o", [path], more=SM90 if "sm90" in path.stem else f"{SM80} {SM90}")
         for path in sorted((SOURCES / "kernels").glob("*.cu"))
     ]
     binding = SOURCES / "torch_binding.cpp"

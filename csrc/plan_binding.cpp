@@ -99,6 +99,7 @@ void define_problem(py::module_& module) {
       .def_readwrite("activation", &Problem::activation)
       .def_readwrite("residual", &Problem::residual)
       .def_readwrite("constant_weight", &Problem::constant_weight)
+      .def_readwrite("statistics", &Problem::statistics)
       .def_property_readonly("out_height", &Problem::out_height)
       .def_property_readonly("out_width", &Problem::out_width)
       .def_property_readonly("pixels", &Problem::pixels);
@@ -176,6 +177,8 @@ void define_plan(py::module_& module) {
              py::arg("split_k"));
   module.def("select_plan", &select_plan, py::arg("problem"), py::arg("device"));
   module.def("describe", &text_of, py::arg("problem"), py::arg("plan"));
+  module.def("cooperative_refusal", &cooperative_refusal, py::arg("problem"), py::arg("plan"), py::arg("device"));
+  module.def("statistics_parts", &statistics_parts, py::arg("plan"), py::arg("problem"));
   module.def("predict", &predict, py::arg("problem"), py::arg("device"), py::arg("plan"));
   module.def("occupancy", &cost::occupancy, py::arg("plan"), py::arg("device"));
   module.def("registers_per_thread", &cost::registers_per_thread, py::arg("plan"));

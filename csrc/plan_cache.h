@@ -19,8 +19,9 @@ inline int64_t packed(int32_t high, int32_t low) { return int64_t{high} << 32 | 
 
 inline PlanKey plan_key(const Problem& p, const Device& device) {
   const int64_t flags = int64_t{p.tf32} | int64_t{p.bias} << 1 | int64_t{p.batch_norm} << 2 |
-                        int64_t{p.constant_weight} << 3 | static_cast<int64_t>(p.dtype) << 8 |
-                        static_cast<int64_t>(p.activation) << 16 | static_cast<int64_t>(p.residual) << 24;
+                        int64_t{p.constant_weight} << 3 | int64_t{p.statistics} << 4 |
+                        static_cast<int64_t>(p.dtype) << 8 | static_cast<int64_t>(p.activation) << 16 |
+                        static_cast<int64_t>(p.residual) << 24;
   PlanKey key{reinterpret_cast<int64_t>(&device),
               flags,
               p.batch,

@@ -1,4 +1,4 @@
-// The operator pointfuse::_conv_bn_act_cuda for PyTorch: tensors in, a plan, a launch, a tensor out.
+// The operators pointfuse::_*_cuda for PyTorch: tensors in, a plan, a launch, tensors out.
 //
 // The only file that knows torch, and of torch only its stable ABI: the library depends neither on torch's version
 // (from 2.10 on) nor on Python's, and loads where torch has no CUDA. The schema, what tracing sees, and the checks of
@@ -13,10 +13,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "gpu.h"
 #include "kernels/describe.h"
 #include "kernels/run.h"
+#include "kernels/training.h"
 #include "memory_format.h"
 #include "plan_cache.h"
 
@@ -145,12 +147,12 @@ Problem problem_of(const Image& x, const Image& weight, DType dtype, const Confi
 }
 
 // A tensor of one number an output channel; null where absent.
-const void* channels_of(const OptionalTensor& tensor, const Problem& problem, int32_t device, DType dtype) {
+const void* channels_of(const OptionalTensor& tensor, int64_t channels, int32_t device, DType dtype) {
   if (!tensor) return nullptr;
-  serve_if(tensor->dim() == 1 && tensor->size(0) == problem.c_out, "bias and batch norm need one number a channel");
+  serve_if(tensor->dim() == 1 && tensor->size(0) == channels, "bias and batch norm need one number a channel");
   serve_if(is_on(*tensor, device), "all tensors must be on one device");
   serve_if(dtype_of(*tensor) == dtype, "the tensors of batch norm must have one dtype");
-  serve_if(problem.c_out == 1 || tensor->stride(0) == 1, "a tensor of bias or batch norm is not contiguous");
+  serve_if(channels == 1 || tensor->stride(0) == 1, "a tensor of bias or batch norm is not contiguous");
   return tensor->const_data_ptr();
 }
 
@@ -178,16 +180,22 @@ bool print_plans() {
 
 Plan plan_for(const Problem& problem, int32_t device) {
   static PlanCache cache;
+  // The CUDA runtime linked into this library keeps a current device of its own.
+  cudaSetDevice(device);
   const auto [plan, made] = cache.find_or_make(problem, device_at(device));
   if (made && print_plans()) std::fprintf(stderr, "pointfuse: %s\n", text_of(problem, plan).c_str());
   serve_if(plan.kernel != Kernel::kNone, plan.refusal ? plan.refusal : "there is no plan");
   return plan;
 }
 
-void launch(const Problem& problem, Operands& operands, int32_t device) {
-  // The CUDA runtime linked into this library keeps a current device of its own.
-  cudaSetDevice(device);
-  const Plan plan = plan_for(problem, device);
+void throw_if(cudaError_t error, const std::string& from) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next launch does not report it again
+  throw std::runtime_error(std::string("pointfuse: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
+                           ") from " + from);
+}
+
+void launch(const Plan& plan, const Problem& problem, Operands& operands, int32_t device) {
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) {
     const int64_t stride = 1;
@@ -195,10 +203,26 @@ void launch(const Problem& problem, Operands& operands, int32_t device) {
     operands.workspace = workspace->mutable_data_ptr();
   }
   const cudaError_t error = run(plan, problem, operands, current_stream(device));
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that the next launch does not report it again
-  throw std::runtime_error(std::string("pointfuse: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
-                           ") from " + text_of(problem, plan));
+  if (error != cudaSuccess) throw_if(error, text_of(problem, plan));
+}
+
+// An output for the problem, laid out by PyTorch's rule, which it becomes y of.
+Tensor allocate_output(Problem& p, Operands& operands, const Image& x, const Image& weight, const Config& config,
+                       int32_t dtype, int32_t device) {
+  const int64_t sizes[] = {p.batch, p.c_out, p.out_height(), p.out_width()};
+  int64_t strides[4];
+  dense_strides(sizes, config.channels_last() || x.channels_last() || weight.channels_last(), strides);
+  Tensor y = allocate(4, sizes, strides, dtype, device);
+  operands.y = y.mutable_data_ptr();
+  p.y = {strides[0], strides[1], strides[2], strides[3]}, p.y_alignment = alignment_of(operands.y);
+  return y;
+}
+
+void put_bias(Problem& p, Operands& operands, const OptionalTensor& bias, const Config& config, int32_t device) {
+  if (!bias) return;
+  p.bias = true, operands.bias_dtype = dtype_of(*bias);
+  serve_if(operands.bias_dtype == p.dtype || config.frozen(), "bias must have the dtype of x");
+  operands.bias = channels_of(bias, p.c_out, device, operands.bias_dtype);
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& mean,
@@ -219,32 +243,322 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     p.residual = config.residual(), p.residual_strides = image.layout();
     p.residual_alignment = alignment_of(image.data), operands.residual = image.data;
   }
-  if (bias) {
-    p.bias = true, operands.bias_dtype = dtype_of(*bias);
-    serve_if(operands.bias_dtype == dtype || config.frozen(), "bias must have the dtype of x");
-    operands.bias = channels_of(bias, p, device, operands.bias_dtype);
-  }
+  put_bias(p, operands, bias, config, device);
   if (mean) {
     p.batch_norm = true, operands.norm_dtype = dtype_of(*mean);
     serve_if(operands.norm_dtype == dtype || operands.norm_dtype == DType::kFloat32,
              "batch norm must be of the dtype of x or float32");
     serve_if(var.has_value(), "batch norm needs running_var beside running_mean");
-    operands.mean = channels_of(mean, p, device, operands.norm_dtype);
-    operands.var = channels_of(var, p, device, operands.norm_dtype);
-    operands.gamma = channels_of(gamma, p, device, operands.norm_dtype);
-    operands.beta = channels_of(beta, p, device, operands.norm_dtype);
+    operands.mean = channels_of(mean, p.c_out, device, operands.norm_dtype);
+    operands.var = channels_of(var, p.c_out, device, operands.norm_dtype);
+    operands.gamma = channels_of(gamma, p.c_out, device, operands.norm_dtype);
+    operands.beta = channels_of(beta, p.c_out, device, operands.norm_dtype);
   }
   operands.eps = static_cast<float>(eps), operands.negative_slope = static_cast<float>(negative_slope);
 
   const DeviceGuard guard(device);
-  int64_t strides[4];
-  dense_strides(y_sizes, config.channels_last() || x_image.channels_last() || weight_image.channels_last(), strides);
-  Tensor y = allocate(4, y_sizes, strides, dtype_code(x), device);
+  Tensor y = allocate_output(p, operands, x_image, weight_image, config, dtype_code(x), device);
   if (p.batch == 0) return y;
-  operands.y = y.mutable_data_ptr();
-  p.y = {strides[0], strides[1], strides[2], strides[3]}, p.y_alignment = alignment_of(operands.y);
-  launch(p, operands, device);
+  launch(plan_for(p, device), p, operands, device);
   return y;
+}
+
+// ---- Training
+
+Tensor allocate_floats(std::initializer_list<int64_t> sizes, int32_t device) {
+  int64_t strides[3] = {1, 1, 1};
+  const auto rank = static_cast<int64_t>(sizes.size());
+  for (int64_t i = rank - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes.begin()[i];
+  return allocate(rank, sizes.begin(), strides, aoti_torch_dtype_float32(), device);
+}
+
+// What an operator returns in the place of a tensor that there is none of.
+Tensor absent(int32_t device) { return allocate_floats({0}, device); }
+
+float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// A convolution with its channels' statistics, ready to be launched.
+struct Convolution {
+  int32_t device;
+  Problem problem{};
+  Operands operands{};
+  Plan plan{};
+  std::optional<Tensor> y, parts;
+
+  Convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& config)
+      : device(x.get_device_index()) {
+    const DType dtype = dtype_of(x);
+    const Image x_image(x, device, dtype), weight_image(weight, device, dtype);
+    problem = problem_of(x_image, weight_image, dtype, config);
+    problem.activation = Activation::kIdentity, problem.statistics = true;
+    operands.x = x_image.data, operands.weight = weight_image.data;
+    put_bias(problem, operands, bias, config, device);
+    y = allocate_output(problem, operands, x_image, weight_image, config, dtype_code(x), device);
+    const bool empty = problem.batch == 0;
+    if (!empty) plan = plan_for(problem, device);
+    parts = allocate_floats({empty ? 0 : statistics_parts(plan, problem), 3, problem.c_out}, device);
+    operands.parts = floats_of(*parts);
+  }
+};
+
+// y, and the parts of each channel's statistics. There is no way without them: another plan could round y otherwise.
+std::tuple<Tensor, Tensor> conv_statistics(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                           int64_t config_bits) {
+  const DeviceGuard guard(x.get_device_index());
+  Convolution convolution(x, weight, bias, Config(config_bits));
+  if (convolution.problem.batch > 0)
+    launch(convolution.plan, convolution.problem, convolution.operands, convolution.device);
+  return {*convolution.y, *convolution.parts};
+}
+
+// A dense tensor without gaps, in one of the two formats; strides of dimensions of one element say nothing.
+bool is_dense(const Image& image, bool channels_last) {
+  int64_t strides[4];
+  dense_strides(image.sizes, channels_last, strides);
+  for (int i = 0; i < 4; ++i) {
+    if (image.sizes[i] != 1 && image.strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
+// The tensors of a pass over y, [batch, channels, height, width], as they come from PyTorch.
+class PassOperands {
+ public:
+  PassOperands(const Tensor& y, int64_t config_bits, double negative_slope)
+      : y_(y), device_(y.get_device_index()), dtype_(dtype_of(y)), image_(y, device_, dtype_) {
+    const int64_t* sizes = image_.sizes;
+    const int64_t batch = sizes[0], channels = sizes[1], plane = sizes[2] * sizes[3];
+    channels_last_ = channels > 1 && is_dense(image_, true);
+    serve_if(channels_last_ || is_dense(image_, false), "y is neither contiguous nor channels_last");
+    serve_if(batch > 0 && channels > 0 && plane > 0, "y is empty");
+    serve_if(channels <= INT32_MAX && plane <= INT32_MAX, "y has more than 2^31 - 1 channels, or pixels of a plane");
+    pass.dtype = dtype_;
+    pass.outer = channels_last_ ? batch * plane : batch;
+    pass.channels = channels;
+    pass.inner = channels_last_ ? 1 : plane;
+    pass.alignment = alignment_of(image_.data);
+    pass.y = image_.data;
+    const Config config(config_bits);
+    pass.activation = config.activation(), pass.residual_order = config.residual();
+    pass.negative_slope = static_cast<float>(negative_slope);
+  }
+
+  int32_t device() const { return device_; }
+  int32_t multiprocessors() const { return device_at(device_).multiprocessors; }
+
+  // The address of a tensor that lies as y does.
+  const void* like_y(const Tensor& tensor) {
+    const Image image(tensor, device_, dtype_);
+    serve_if(std::equal(image_.sizes, image_.sizes + 4, image.sizes), "grad_out and residual must have the shape of y");
+    serve_if(is_dense(image, channels_last_), "grad_out and residual must lie as y does");
+    pass.alignment = std::min(pass.alignment, alignment_of(image.data));
+    return image.data;
+  }
+
+  Tensor allocate_like_y() {
+    Tensor tensor = allocate(4, image_.sizes, image_.strides, dtype_code(y_), device_);
+    pass.alignment = std::min(pass.alignment, alignment_of(tensor.const_data_ptr()));
+    return tensor;
+  }
+
+  const float* floats(const OptionalTensor& tensor) const {
+    return static_cast<const float*>(channels_of(tensor, pass.channels, device_, DType::kFloat32));
+  }
+
+  // Of y's dtype or fp32.
+  training::Channels<const void*> numbers(const OptionalTensor& tensor) const {
+    if (!tensor) return {};
+    const DType dtype = dtype_of(*tensor);
+    serve_if(dtype == dtype_ || dtype == DType::kFloat32, "batch norm must be of the dtype of x or float32");
+    return {channels_of(tensor, pass.channels, device_, dtype), dtype};
+  }
+  training::Channels<void*> mutable_numbers(const OptionalTensor& tensor) const {
+    const auto [values, dtype] = numbers(tensor);
+    return {values ? tensor->mutable_data_ptr() : nullptr, dtype};
+  }
+
+  // Tensors [count, fields, channels] of fp32. Many are merged first, to memory that lives as long as this does.
+  template <class Merge>
+  training::Parts parts(const Tensor& tensor, int64_t fields, Merge merge) {
+    serve_if(is_on(tensor, device_), "all tensors must be on one device");
+    serve_if(dtype_of(tensor) == DType::kFloat32, "parts must be float32");
+    serve_if(tensor.dim() == 3 && tensor.size(0) > 0 && tensor.size(0) <= INT32_MAX && tensor.size(1) == fields &&
+                 tensor.size(2) == pass.channels && tensor.is_contiguous(),
+             "parts must be contiguous, [count, fields, channels]");
+    training::Parts parts{static_cast<const float*>(tensor.const_data_ptr()), static_cast<int32_t>(tensor.size(0))};
+    if (parts.count <= training::kFewParts) return parts;
+    merged_ = allocate_floats({1, fields, pass.channels}, device_);
+    throw_if(merge(parts, pass.channels, floats_of(*merged_), current_stream(device_)), "merging parts");
+    return {floats_of(*merged_), 1};
+  }
+
+  // For messages.
+  std::string text() const {
+    const int64_t* sizes = image_.sizes;
+    return " over " + std::to_string(sizes[0]) + "x" + std::to_string(sizes[1]) + "x" + std::to_string(sizes[2]) + "x" +
+           std::to_string(sizes[3]);
+  }
+
+  training::Pass pass{};
+
+ private:
+  const Tensor& y_;
+  int32_t device_;
+  DType dtype_;
+  Image image_;
+  bool channels_last_;
+  std::optional<Tensor> merged_;
+};
+
+// What all passes over y with given statistics read.
+void put_norm(PassOperands& operands, const Tensor& mean, const Tensor& rstd, const OptionalTensor& gamma,
+              const OptionalTensor& beta) {
+  operands.pass.mean = operands.floats(mean), operands.pass.rstd = operands.floats(rstd);
+  operands.pass.gamma = operands.numbers(gamma), operands.pass.beta = operands.numbers(beta);
+}
+
+// The residual takes part where it was added before the activation.
+void put_residual_before(PassOperands& operands, const OptionalTensor& residual) {
+  if (residual && operands.pass.residual_order == Residual::kAddAct)
+    operands.pass.residual = operands.like_y(*residual);
+}
+
+// out, mean, rstd; the last two absent where they were given.
+std::tuple<Tensor, Tensor, Tensor> normalise(const Tensor& y, const OptionalTensor& parts, const OptionalTensor& mean,
+                                             const OptionalTensor& rstd, const OptionalTensor& gamma,
+                                             const OptionalTensor& beta, const OptionalTensor& residual,
+                                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                             double momentum, double eps, int64_t config_bits, double negative_slope) {
+  PassOperands operands(y, config_bits, negative_slope);
+  const int32_t device = operands.device();
+  training::Normalise operation{};
+  operands.pass.gamma = operands.numbers(gamma), operands.pass.beta = operands.numbers(beta);
+  if (residual) operands.pass.residual = operands.like_y(*residual);
+
+  const DeviceGuard guard(device);
+  cudaSetDevice(device);
+  Tensor out = operands.allocate_like_y(), new_mean = absent(device), new_rstd = absent(device);
+  if (parts) {
+    operation.running_mean = operands.mutable_numbers(running_mean);
+    operation.running_var = operands.mutable_numbers(running_var);
+    operation.parts = operands.parts(*parts, 3, training::merge_moments);
+    new_mean = allocate_floats({operands.pass.channels}, device);
+    new_rstd = allocate_floats({operands.pass.channels}, device);
+    operation.mean = floats_of(new_mean), operation.rstd = floats_of(new_rstd);
+  } else {
+    serve_if(mean && rstd, "without parts there must be mean and rstd");
+    operands.pass.mean = operands.floats(mean), operands.pass.rstd = operands.floats(rstd);
+  }
+  operation.momentum = static_cast<float>(momentum), operation.eps = static_cast<float>(eps);
+  operation.out = out.mutable_data_ptr(), operation.pass = operands.pass;
+  throw_if(training::normalise(operation, operands.multiprocessors(), current_stream(device)),
+           "normalise" + operands.text());
+  return {out, new_mean, new_rstd};
+}
+
+// out, y, mean, rstd: the convolution and normalise, in one launch where the chip holds all of y at once.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                   const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                   const OptionalTensor& residual, const OptionalTensor& running_mean,
+                                                   const OptionalTensor& running_var, double momentum, double eps,
+                                                   int64_t config_bits, double negative_slope) {
+  const DeviceGuard guard(x.get_device_index());
+  Convolution convolution(x, weight, bias, Config(config_bits));
+  const int32_t device = convolution.device;
+  serve_if(convolution.problem.batch > 0, "y is empty");
+  PassOperands operands(*convolution.y, config_bits, negative_slope);
+  if (residual) operands.pass.residual = operands.like_y(*residual);
+  const auto in_two_launches = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    launch(convolution.plan, convolution.problem, convolution.operands, device);
+    const auto [out, mean, rstd] = normalise(*convolution.y, convolution.parts, {}, {}, gamma, beta, residual,
+                                             running_mean, running_var, momentum, eps, config_bits, negative_slope);
+    return {out, *convolution.y, mean, rstd};
+  };
+  // One launch reads the residual by TMA.
+  if (operands.pass.alignment < 16 || cooperative_refusal(convolution.problem, convolution.plan, device_at(device)))
+    return in_two_launches();
+  const training::Channels<const void*> scale = operands.numbers(gamma), shift = operands.numbers(beta);
+  const training::Channels<void*> moving_mean = operands.mutable_numbers(running_mean),
+                                  moving_var = operands.mutable_numbers(running_var);
+  Tensor out = operands.allocate_like_y();
+  Tensor mean = allocate_floats({operands.pass.channels}, device),
+         rstd = allocate_floats({operands.pass.channels}, device);
+  Tensor arrived = allocate_floats({1}, device);
+  Forward operation{};
+  operation.out = out.mutable_data_ptr(), operation.residual = operands.pass.residual;
+  operation.residual_order = operands.pass.residual_order, operation.activation = operands.pass.activation;
+  operation.negative_slope = operands.pass.negative_slope;
+  operation.momentum = static_cast<float>(momentum), operation.eps = static_cast<float>(eps);
+  operation.gamma = scale.values, operation.gamma_dtype = scale.dtype;
+  operation.beta = shift.values, operation.beta_dtype = shift.dtype;
+  operation.running_mean = moving_mean.values, operation.running_mean_dtype = moving_mean.dtype;
+  operation.running_var = moving_var.values, operation.running_var_dtype = moving_var.dtype;
+  operation.mean = floats_of(mean), operation.rstd = floats_of(rstd);
+  operation.arrived = static_cast<uint32_t*>(arrived.mutable_data_ptr());
+  const cudaStream_t stream = current_stream(device);
+  throw_if(cudaMemsetAsync(operation.arrived, 0, sizeof(uint32_t), stream), "a training forward");
+  const cudaError_t error = run_forward(convolution.plan, convolution.problem, convolution.operands, operation, stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // part of the device is another process's
+    cudaGetLastError();
+    return in_two_launches();
+  }
+  if (error != cudaSuccess) throw_if(error, text_of(convolution.problem, convolution.plan));
+  return {out, *convolution.y, mean, rstd};
+}
+
+Tensor sums(const Tensor& grad_out, const Tensor& y, const Tensor& mean, const Tensor& rstd,
+            const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
+            int64_t config_bits, double negative_slope) {
+  PassOperands operands(y, config_bits, negative_slope);
+  const int32_t device = operands.device(), multiprocessors = operands.multiprocessors();
+  put_norm(operands, mean, rstd, gamma, beta);
+  put_residual_before(operands, residual);
+  training::Sums operation{};
+  operation.grad_out = operands.like_y(grad_out), operation.pass = operands.pass;
+
+  const DeviceGuard guard(device);
+  cudaSetDevice(device);
+  Tensor parts =
+      allocate_floats({training::sums_parts(operation.pass, multiprocessors), 2, operation.pass.channels}, device);
+  operation.parts = floats_of(parts);
+  throw_if(training::sums(operation, multiprocessors, current_stream(device)), "sums" + operands.text());
+  return parts;
+}
+
+// dy, d_residual, d_gamma, d_beta.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, const Tensor& y, const Tensor& mean,
+                                                     const Tensor& rstd, const OptionalTensor& gamma,
+                                                     const OptionalTensor& beta, const OptionalTensor& residual,
+                                                     const OptionalTensor& parts, int64_t count, bool want_residual,
+                                                     int64_t config_bits, double negative_slope) {
+  PassOperands operands(y, config_bits, negative_slope);
+  const int32_t device = operands.device();
+  put_norm(operands, mean, rstd, gamma, beta);
+  put_residual_before(operands, residual);
+  training::Gradients operation{};
+  operation.grad_out = operands.like_y(grad_out);
+
+  const DeviceGuard guard(device);
+  cudaSetDevice(device);
+  Tensor dy = operands.allocate_like_y(), d_residual = absent(device);
+  Tensor d_gamma = absent(device), d_beta = absent(device);
+  operation.dy = dy.mutable_data_ptr();
+  if (want_residual && operands.pass.residual_order == Residual::kAddAct) {
+    d_residual = operands.allocate_like_y();
+    operation.d_residual = d_residual.mutable_data_ptr();
+  }
+  if (parts) {
+    serve_if(count > 0, "count must be positive");
+    operation.parts = operands.parts(*parts, 2, training::merge_sums);
+    operation.elements = static_cast<float>(count);
+    d_gamma = allocate_floats({operands.pass.channels}, device);
+    d_beta = allocate_floats({operands.pass.channels}, device);
+    operation.d_gamma = floats_of(d_gamma), operation.d_beta = floats_of(d_beta);
+  }
+  operation.pass = operands.pass;
+  throw_if(training::gradients(operation, operands.multiprocessors(), current_stream(device)),
+           "gradients" + operands.text());
+  return {dy, d_residual, d_gamma, d_beta};
 }
 
 }  // namespace
@@ -257,8 +571,13 @@ extern "C" __attribute__((visibility("default"))) const char* pointfuse_unusable
 }
 
 // Must be INTERFACE of backends/cuda.py.
-extern "C" __attribute__((visibility("default"))) int pointfuse_interface() { return 1; }
+extern "C" __attribute__((visibility("default"))) int pointfuse_interface() { return 2; }
 
 STABLE_TORCH_LIBRARY_IMPL(pointfuse, POINTFUSE_DISPATCH_KEY, m) {
   m.impl("_conv_bn_act_cuda", TORCH_BOX(&pointfuse::conv_bn_act));
+  m.impl("_conv_statistics_cuda", TORCH_BOX(&pointfuse::conv_statistics));
+  m.impl("_forward_cuda", TORCH_BOX(&pointfuse::forward));
+  m.impl("_normalise_cuda", TORCH_BOX(&pointfuse::normalise));
+  m.impl("_sums_cuda", TORCH_BOX(&pointfuse::sums));
+  m.impl("_gradients_cuda", TORCH_BOX(&pointfuse::gradients));
 }

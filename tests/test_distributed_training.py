@@ -122,6 +122,30 @@ def run_fully_sharded(rank: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad} | found | {n: b.clone() for n, b in model.named_buffers()}
 
 
+def run_converted_first(rank: int) -> dict[str, Tensor]:
+    """Units of a module of its own, whose batch norms are replaced after the conversion."""
+
+    class Units(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, module in network().named_children():
+                self.add_module(f"layer{name}", module)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer2(self.layer1(self.layer0(x)))
+            x = self.layer5(self.layer4(self.layer3(x)))
+            return self.layer8(self.layer7(self.layer6(x)))
+
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(pointfuse.convert(Units()))
+    x = batch()[rank * 3 : rank * 3 + 3].requires_grad_()
+    for _ in range(2):
+        model.zero_grad()
+        x.grad = None
+        y = model(x)
+        y.backward(gradient_of(y))
+    return {"y": y.detach(), "x": x.grad} | {n.removeprefix("layer"): t for n, t in _tensors(model).items()}
+
+
 def run_statistics_without_gradients(rank: int) -> dict[str, Tensor]:
     model = converted()
     with torch.no_grad():
@@ -143,6 +167,7 @@ SHARES = {
     "recomputed": run_recompute,
     "uneven shares": run_uneven,
     "an empty share": run_with_an_empty_share,
+    "converted before it was synchronised": run_converted_first,
 }
 WRAPPERS = {"DistributedDataParallel": run_data_parallel, "FSDP2": run_fully_sharded}
 OTHERS = {"without gradients": run_statistics_without_gradients, "double backward": run_double_backward}

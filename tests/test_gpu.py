@@ -65,6 +65,74 @@ def test_reduced(options: dict, shape: tuple[int, ...], memory_format: torch.mem
     assert_right(module(x), module, x)
 
 
+def step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients of one training step."""
+    module.train().zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.enable_grad():
+        y = module(x)
+    y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape))
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(("options", "shape"), REDUCED.values(), ids=REDUCED)
+def test_reduced_training(options: dict, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    """On an H100 the small units take the cooperative forward."""
+    module = unit(**options)
+    module.bn.float()
+    # Away from zero, on either side: rounding would decide between the two slopes.
+    module.bn.weight.fill_(0.5)
+    module.bn.bias.copy_(torch.where(torch.arange(len(module.bn.bias)) % 2 == 0, 8.0, -8.0))
+    x = torch.randn(shape, dtype=module.conv.weight.dtype).to(memory_format=memory_format)
+    first, again = step(module, x), step(module, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    module.recompute = True
+    assert all(torch.equal(a, b) for a, b in zip(first, step(module, x), strict=True))
+    module.recompute = False
+    with pointfuse.use_backend("aten"):
+        expected, exact = step(module, x), step(module.double(), x.double())
+    for a, b, e in zip(first, expected, exact, strict=True):
+        assert (a - e).abs().max() <= 2 * (b - e).abs().max() + 1e-3 * e.abs().max()
+
+
+@pytest.mark.parametrize(("recompute", "bound"), [(False, 0.75), (True, 0.45)], ids=["default", "recompute"])
+def test_training_keeps_less_memory(recompute: bool, bound: float) -> None:
+    """The input of the stack and of its last layer are kept by everyone."""
+
+    def kept(model: nn.Module) -> int:
+        x = torch.randn(16, 1024, 13, 13, dtype=torch.bfloat16, requires_grad=True)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        with torch.enable_grad():
+            y = model.train()(x)
+        return torch.cuda.memory_allocated() - before - y.nbytes + x.nbytes
+
+    model = stack()
+    for module in model.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.inplace = False
+    model = model.to(memory_format=torch.channels_last)
+    with pointfuse.use_backend("aten"):
+        eager = kept(model)
+    assert kept(pointfuse.convert(model, recompute=recompute)) <= bound * eager
+
+
+def test_training_is_captured_in_a_graph() -> None:
+    module, x = unit(), torch.randn(8, 64, 26, 26, dtype=torch.bfloat16)
+    module.bn.float()
+    expected = step(module, x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(module, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(module, x)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_call_neither_synchronises_nor_allocates_but_its_output(backend: str) -> None:
     module, x = unit(), torch.randn(8, 64, 26, 26, dtype=torch.bfloat16)
     module(x)

@@ -24,7 +24,7 @@ from pointfuse.functional import conv_bn_act
 from pointfuse.problem import ACTIVATIONS, IDENTITY, RESIDUAL_ORDERS, Activation, BatchNorm, Geometry, Refused
 from torch import Tensor, nn
 from torch.nn import functional as F
-from yardstick import assert_as_accurate
+from yardstick import assert_as_accurate, error
 
 
 class Place(NamedTuple):
@@ -223,7 +223,7 @@ UNSERVED = {
     "5x5": (dict(kernel=5, padding=2), "its kernel is neither 1x1 nor 3x3"),
     "1x3": (dict(kernel=(1, 3)), "its kernel is neither 1x1 nor 3x3"),
     "long stride": (dict(stride=300), "its stride or padding is not from 0 to 255"),
-    "training": (dict(training=True), "batch norm uses the batch's own statistics"),
+    "training in double": (dict(training=True, dtype=torch.float64), "its dtype is none of float32"),
     "broadcast residual": (dict(residual_shape=(8, 1, 1)), "x, weight and residual need four dimensions"),
     "broadcast batch": (dict(residual_shape=(1, 8, 6, 6)), "the residual must have the output's shape"),
     "residual of another dtype": (dict(residual_dtype=torch.float16), "x, weight and residual must have one dtype"),
@@ -399,7 +399,7 @@ def test_the_unit_compiles_whole_and_once_for_every_batch(residual: bool, place:
     assert in_graph(place.backend, compiler)
 
 
-@pytest.mark.parametrize("options", [v[0] for k, v in UNSERVED.items() if k != "training"])
+@pytest.mark.parametrize("options", [v[0] for k, v in UNSERVED.items() if "training" not in k])
 def test_what_is_not_served_compiles_too(options: dict[str, Any], place: Place, lenient: None) -> None:
     torch._dynamo.reset()
     call = unserved_call(**options)
@@ -588,3 +588,123 @@ def test_a_tracer_of_operators_sees_the_unit() -> None:
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
     graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: conv_bn_act(x, weight) + 1)(x)
     torch.testing.assert_close(graph(2 * x), conv_bn_act(2 * x, weight) + 1)
+
+
+# Training
+
+
+def gradients_of(unit: Callable[..., Tensor], tensors: list[Tensor | None], statistics: list[Tensor]) -> list[Tensor]:
+    """Output, statistics after it, and the gradients of those of ``tensors`` that there are."""
+    leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+    for leaf in leaves:
+        if leaf is not None:
+            leaf.requires_grad_()
+    statistics = [t.clone() for t in statistics]
+    y = unit(*leaves, *statistics)
+    weights = torch.linspace(-1, 2, y.numel()).reshape(y.shape).to(y.dtype)
+    y.backward(weights)
+    return [y.detach(), *statistics, *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+@pytest.fixture
+def trained(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by each step of a unit with gradients that the backend's kernels take."""
+    steps, made = sys.modules["pointfuse.backends"].training_steps(), []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        step = getattr(steps, name)
+
+        def run(*args: Any) -> Any:
+            result = step(*args)
+            made.append(name)
+            return result
+
+        return run
+
+    for name in ("forward", "conv", "normalise", "sums", "gradients"):
+        if hasattr(steps, name):
+            monkeypatch.setattr(steps, name, recorded(name))
+    return made
+
+
+@pytest.fixture
+def whole_fp32() -> Iterator[None]:
+    """fp32 without TF32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+TRAINED = {
+    "1x1": dict(kernel=1),
+    "1x1 with a bias": dict(kernel=1, bias=True),
+    "3x3 stride 2": dict(kernel=3, padding=1, stride=2),
+    "residual before SiLU": dict(kernel=1, order="add_act", activation="silu"),
+    "residual after leaky ReLU": dict(kernel=3, padding=1, order="act_add", negative_slope=-0.2),
+    "given statistics": dict(kernel=1, training=False),
+    "given statistics, residual before ReLU": dict(kernel=1, training=False, order="add_act", activation="relu"),
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_as_accurate_as_pytorchs(
+    dtype: torch.dtype, case: dict[str, Any], memory_format: torch.memory_format, trained: list[str],
+    whole_fp32: None,
+) -> None:  # fmt: skip
+    options = {"training": True, "negative_slope": 0.1, "stride": 1, "padding": 0} | case
+    kernel, order, with_bias = (options.pop(k, d) for k, d in (("kernel", 1), ("order", None), ("bias", False)))
+    x = torch.randn(3, 24, 8, 6).to(dtype).to(memory_format=memory_format)
+    weight = (torch.randn(40, 24, kernel, kernel) * 0.2).to(dtype)
+    mean, var, gamma, beta = vectors(40)
+    # Pre-activations away from zero, on either side, where rounding would decide between two slopes.
+    gamma, beta = 0.3 * gamma, torch.where(beta > 0, 6.0, -6.0)
+    plane = F.conv2d(x, weight, None, options["stride"], options["padding"]).shape
+    bias = torch.randn(40).to(dtype) if with_bias else None
+    residual = torch.randn(plane).to(dtype).to(memory_format=memory_format) if order else None
+
+    def unit(x: Tensor, weight: Tensor, bias: Any, gamma: Tensor, beta: Tensor, residual: Any, mean: Tensor,
+             var: Tensor) -> Tensor:  # fmt: skip
+        return conv_bn_act(
+            x, weight, bias, mean, var, gamma, beta, residual=residual, residual_order=order or "add_act", **options
+        )
+
+    tensors, statistics = [x, weight, bias, gamma, beta, residual], [mean, var]
+    actual = gradients_of(unit, tensors, statistics)
+    assert trained[-2:] == ["sums", "gradients"]
+    assert trained[0] == ("conv" if not options["training"] or len(trained) == 4 else "forward")
+    with pointfuse.use_backend("aten"):
+        expected = gradients_of(unit, tensors, statistics)
+        exact = gradients_of(unit, [wide(t) for t in tensors], [t.double() for t in statistics])
+    names = ["y", "mean", "var", "x", "weight", *(["bias"] if with_bias else []), "gamma", "beta", "residual"]
+    for name, a, e, reference in zip(names, actual, expected, exact, strict=False):
+        assert a.dtype == e.dtype, name
+        if name == "bias" and options["training"]:  # which batch statistics take away again: rounding alone
+            continue
+        assert error(a, reference) <= 2 * error(e, reference) + 1e-6, name
+
+
+def test_recomputing_gives_the_same_bit_for_bit(trained: list[str]) -> None:
+    unit = pointfuse.ConvBNAct2d(24, 40, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 24, 6, 6).to(memory_format=torch.channels_last)
+    results = []
+    for recompute in (False, True):
+        unit.recompute = recompute
+        unit.zero_grad()
+        a = x.clone().requires_grad_()
+        (unit(a) * torch.linspace(-1, 1, 6)).sum().backward()
+        results.append([a.grad, *(p.grad for p in unit.parameters())])
+    assert trained.count("conv") >= 1  # in the backward
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_autocast_trains_on_the_kernels(place: Place, trained: list[str]) -> None:
+    unit = pointfuse.ConvBNAct2d(24, 40, 1)
+    with torch.autocast("cuda" if place.device == "gpu" else "cpu", torch.bfloat16):
+        y = unit(torch.randn(2, 24, 6, 6))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert trained[-2:] == ["sums", "gradients"]
+    assert unit.conv.weight.grad.dtype == torch.float32

@@ -19,8 +19,9 @@ from pointfuse.backends import cuda
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
 FUNCTION = re.compile(r"Function\s*:?\s+(\w+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-# The kernels by their mangled names: arithmetic, tile, and which of two paths.
-SM80 = re.compile(r"4sm804convI.*?(bfloat16_t|half_t|Tf32Products|FmaWarp).*?ELi(\d+)ELb([01])EEE")
+# The kernels by their mangled names: arithmetic, tile, and which of two paths; those of sm_80 also with statistics.
+SM80 = re.compile(r"4sm804convI.*?(bfloat16_t|half_t|Tf32Products|FmaWarp).*?ELi(\d+)ELb([01])ELb[01]EEE")
+FORWARD = re.compile(r"4sm907forwardI(?:NS_\d+)?(bfloat16_t|half_t|f).*?Li(\d+)EEE")
 SM90 = re.compile(r"4sm904convI(?:NS_\d+)?(bfloat16_t|half_t|f).*?Li(\d+)ELb([01])EEE")
 
 
@@ -31,15 +32,27 @@ class Function:
     architecture: str
     name: str
     opcodes: Counter[str] = field(default_factory=Counter)
+    # From the first product of sm_90's tensor cores to the last: the main loop.
+    between_products: Counter[str] = field(default_factory=Counter)
+    since_product: list[str] = field(default_factory=list)
     registers: int = 0
     stack: int = 0
     shared: int = 0
     local: int = 0
 
     def __str__(self) -> str:
-        parts = (SM80.search(self.name) or SM90.search(self.name)).groups()  # type: ignore[union-attr]
-        kernel = "sm80::conv" if SM80.search(self.name) else "sm90::conv"
-        return f"{kernel}<{', '.join(parts)}> for {self.architecture}"
+        for kernel, pattern in (("sm80::conv", SM80), ("sm90::conv", SM90), ("sm90::forward", FORWARD)):
+            if match := pattern.search(self.name):
+                return f"{kernel}<{', '.join(match.groups())}> for {self.architecture}"
+        return f"{self.name} for {self.architecture}"
+
+    def add(self, opcode: str) -> None:
+        if opcode == "HGMMA":
+            if self.opcodes["HGMMA"]:
+                self.between_products.update(self.since_product)
+            self.since_product.clear()
+        self.opcodes[opcode] += 1
+        self.since_product.append(opcode)
 
 
 def tool(name: str) -> str:
@@ -69,7 +82,7 @@ def functions() -> list[Function]:
                 elif "Function" in line and (name := FUNCTION.search(line)):
                     current = found.setdefault((architecture, name[1]), Function(architecture, name[1]))
                 elif opcode := INSTRUCTION.match(line):
-                    current.opcodes[opcode[1]] += 1
+                    current.add(opcode[1])
                 elif usage := USAGE.search(line):
                     current.registers, current.stack, current.shared, current.local = map(int, usage.groups())
         assert dump.returncode == 0
@@ -102,10 +115,17 @@ def test_ptx_is_there_for_later_gpus(functions: list[Function]) -> None:
 
 
 def test_hopper_kernels_use_wgmma_and_tma(functions: list[Function]) -> None:
-    for kernel in kernels(functions, SM90, "sm_90a"):
+    for kernel in kernels(functions, SM90, "sm_90a") + kernels(functions, FORWARD, "sm_90a"):
         assert kernel.opcodes["HGMMA"] > 0, str(kernel)
         assert kernel.opcodes["UTMALDG"] > 0, str(kernel)
         assert kernel.opcodes["UTMASTG"] > 0, str(kernel)
+
+
+def test_hopper_main_loops_keep_addresses_in_uniform_registers(functions: list[Function]) -> None:
+    """A divergent branch in the epilogue is enough to lose them, and each product's operands then cost a move."""
+    for kernel in kernels(functions, SM90, "sm_90a") + kernels(functions, FORWARD, "sm_90a"):
+        assert kernel.between_products["HGMMA"] > 0, str(kernel)
+        assert kernel.between_products["R2UR"] == 0, str(kernel)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])

@@ -22,6 +22,7 @@ struct LaunchConfig {
   int shared_bytes;  // of a block, dynamic
   int cluster;       // blocks that run together and see each other's shared memory; 1 for none
   bool dependent;    // may start before the kernel ahead of it in the stream has ended: see grid_dependency_wait
+  bool cooperative = false;  // all blocks run at once: see grid_barrier
 };
 
 }  // namespace pointfuse
@@ -473,6 +474,16 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #endif
 }
 
+// One thread of each of `blocks` blocks comes here, each once; *arrived is 0 before. What the blocks' threads wrote
+// before a barrier of the block with that thread, all blocks see after one. As in CUTLASS's GenericBarrier.
+__device__ __forceinline__ void grid_barrier(uint32_t* arrived, uint32_t blocks) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+  uint32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+  } while (seen < blocks);
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void registers_decrease() {
   POINTFUSE_SM90(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)));
@@ -584,7 +595,7 @@ cudaError_t launch(const LaunchConfig& config, cudaStream_t stream, void (*kerne
   bool can_depend;
   if (const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), config, &can_depend))
     return error;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t launch_config{};
   launch_config.gridDim = dim3(unsigned(config.grid));
   launch_config.blockDim = dim3(unsigned(config.threads));
@@ -595,6 +606,11 @@ cudaError_t launch(const LaunchConfig& config, cudaStream_t stream, void (*kerne
     cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(config.cluster), 1, 1};
+  }
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   if (config.dependent && can_depend) {
     cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];

@@ -437,6 +437,7 @@ class Block {
     }
   }
 
+  template <bool kStatistics>
   __device__ __forceinline__ void write_outputs(Warp& warp) {
     const int thread = thread_index();
     const int64_t pixels_left = problem_.pixels() - first_pixel();
@@ -458,6 +459,10 @@ class Block {
         outputs.at(channel, warp.pixel(j)) = fma(warp.sum(i, j), norm.scale, norm.shift);
     }
     block_sync();
+    if constexpr (kStatistics) {
+      float* part = operands_.parts + int64_t{pixel_tile_} * 3 * problem_.c_out + first_channel_;
+      write_statistics<kBlock.block_channels, kThreads>(outputs, part, problem_.c_out, thread);
+    }
     store_tile<T, kThreads>(outputs, problem_, operands_, first_channel_, plan_.y_vector, thread);
   }
 
@@ -493,7 +498,8 @@ class Block {
   int32_t pixel_tile_;  // half the registers of its first pixel
 };
 
-template <class Warp, int kTile, bool kVectorised>
+// Statistics are kernels of their own: a branch costs the others 4 registers a thread, and up to 42.
+template <class Warp, int kTile, bool kVectorised, bool kStatistics>
 __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].resident_blocks(kVectorised))
     conv(const __grid_constant__ Plan plan, const __grid_constant__ Problem problem,
          const __grid_constant__ Operands operands, bool add_partial_sums) {
@@ -513,19 +519,20 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].residen
   }
   grid_dependency_launch();
   if (split && !add_partial_sums) return block.leave_partial_sums(warp, blockIdx.x);
-  block.write_outputs(warp);
+  block.template write_outputs<kStatistics>(warp);
 }
 
 // ---- Launches
 
-template <class Warp, int kTile, bool kVectorised>
+template <class Warp, int kTile, bool kVectorised, bool kStatistics>
 cudaError_t launch_tile(const Plan& plan, const Problem& problem, const Operands& operands, cudaStream_t stream) {
   constexpr Tile kBlock = kTiles[kTile];
   LaunchConfig config{plan.grid, kBlock.threads(), shared_bytes(kBlock), 1, true};
-  const cudaError_t error = launch(config, stream, conv<Warp, kTile, kVectorised>, plan, problem, operands, false);
+  const auto kernel = conv<Warp, kTile, kVectorised, kStatistics>;
+  const cudaError_t error = launch(config, stream, kernel, plan, problem, operands, false);
   if (error != cudaSuccess || plan.split_k == 1) return error;
   config.grid = tiles(plan);
-  return launch(config, stream, conv<Warp, kTile, kVectorised>, plan, problem, operands, true);
+  return launch(config, stream, kernel, plan, problem, operands, true);
 }
 
 template <template <int> class Warp, int kTile = 0>
@@ -534,8 +541,12 @@ cudaError_t dispatch(const Plan& plan, const Problem& problem, const Operands& o
     if (plan.tile != kTile) return dispatch<Warp, kTile + 1>(plan, problem, operands, stream);
     // A copy that may end inside its 16 bytes costs 5 instructions more, so the vectorised path has none.
     const bool whole_chunks = problem.c_in * element_bytes(problem.dtype) % kChunkBytes == 0;
-    return plan.vectorised && whole_chunks ? launch_tile<Warp<kTile>, kTile, true>(plan, problem, operands, stream)
-                                           : launch_tile<Warp<kTile>, kTile, false>(plan, problem, operands, stream);
+    const bool vectorised = plan.vectorised && whole_chunks;
+    if (problem.statistics)
+      return vectorised ? launch_tile<Warp<kTile>, kTile, true, true>(plan, problem, operands, stream)
+                        : launch_tile<Warp<kTile>, kTile, false, true>(plan, problem, operands, stream);
+    return vectorised ? launch_tile<Warp<kTile>, kTile, true, false>(plan, problem, operands, stream)
+                      : launch_tile<Warp<kTile>, kTile, false, false>(plan, problem, operands, stream);
   } else {
     return cudaErrorInvalidValue;
   }

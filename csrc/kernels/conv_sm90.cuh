@@ -368,15 +368,15 @@ struct ConvBlock {
         tensor_load_2d(target + slab * kSlabBytes, &args.residual, arrived, channel + slab * kSlabElements, pixel);
     }
   }
-  __device__ __forceinline__ void store_chunk(TileStart start, int chunk, Place place) const {
+  __device__ __forceinline__ void store_chunk(const TensorMap* map, TileStart start, int chunk, Place place) const {
     const char* source = buffer(place.consumer, chunk % kBuffers);
     const int channel = static_cast<int>(start.channel) + place.consumer * kWarpgroupChannels;
     const int pixel = static_cast<int>(start.pixel) + chunk * kChunkPixels;
     if constexpr (kPixelMajor) {
-      tensor_store_3d(&args.y, source, pixel, channel, static_cast<int>(start.plane));
+      tensor_store_3d(map, source, pixel, channel, static_cast<int>(start.plane));
     } else {
       for (int slab = 0; slab < kSlabs; ++slab)
-        tensor_store_2d(&args.y, source + slab * kSlabBytes, channel + slab * kSlabElements, pixel);
+        tensor_store_2d(map, source + slab * kSlabBytes, channel + slab * kSlabElements, pixel);
     }
     tensor_store_commit();
   }
@@ -439,18 +439,70 @@ struct ConvBlock {
     fence_async_proxy();
     place.sync();
     if (place.thread() != 0) return;
-    store_chunk(start, chunk, place);
+    store_chunk(&args.y, start, chunk, place);
     if (residual_by_tensor() && chunk + kBuffers < kChunks) {
       tensor_store_wait_read<0>();
       load_residual(start, chunk + kBuffers, place);
     }
   }
 
-  __device__ __forceinline__ void finish_tile(float (&sums)[kSums], TileStart start, int& residual_parity,
+  // The sums of pixels that do not lie in y, `inside` of the tile's do, become values of the thread's two channels.
+  __device__ __forceinline__ static void set_outside(float (&sums)[kSums], int inside, float low, float high,
+                                                     Place place) {
+    if (inside == kBlockPixels) return;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      if (i / 4 * 8 + place.pixel_pair() + i % 2 >= inside) sums[i] = i % 4 < 2 ? low : high;
+    }
+  }
+
+  // Over a channel's pixels, which four lanes share.
+  __device__ __forceinline__ static float sum_of_quad(float value) {
+    value += shuffle_xor(value, 1);
+    return value + shuffle_xor(value, 2);
+  }
+
+  // The parts of the thread's two channels over the tile's pixels, from their sums and biases. No lane may leave early:
+  // the compiler would no longer keep the main loop's addresses in uniform registers.
+  __device__ __forceinline__ void write_statistics(float (&sums)[kSums], int64_t tile, TileStart start, float low_bias,
+                                                   float high_bias, Place place) const {
+    const int64_t left = args.plane_pixels - start.pixel;
+    const int inside = static_cast<int>(left < kBlockPixels ? left : kBlockPixels);
+    const auto count = static_cast<float>(inside);
+
+    set_outside(sums, inside, 0.0f, 0.0f, place);
+    float totals[4] = {};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) totals[i % 4] += sums[i];
+    const float low_mean = divide_fast(sum_of_quad(totals[0] + totals[1]), count);
+    const float high_mean = divide_fast(sum_of_quad(totals[2] + totals[3]), count);
+
+    set_outside(sums, inside, low_mean, high_mean, place);
+    float squares[4] = {};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float distance = sums[i] - (i % 4 < 2 ? low_mean : high_mean);
+      squares[i % 4] = fma(distance, distance, squares[i % 4]);
+    }
+    const float low_m2 = sum_of_quad(squares[0] + squares[1]), high_m2 = sum_of_quad(squares[2] + squares[3]);
+
+    // Of the four lanes one writes the counts, one the means, one the squares.
+    const int row = place.lane % 4;
+    const int64_t channel = start.channel + place.consumer * kWarpgroupChannels + place.channel();
+    const int64_t pixel_tile = tile / plan().channel_tiles;
+    float* part = args.operands.parts + (pixel_tile * 3 + row) * problem().c_out + channel;
+    if (row < 3 && channel < problem().c_out)
+      store_global(part, row == 0 ? count : row == 1 ? low_mean + low_bias : low_m2);
+    if (row < 3 && channel + 8 < problem().c_out)
+      store_global(part + 8, row == 0 ? count : row == 1 ? high_mean + high_bias : high_m2);
+  }
+
+  __device__ __forceinline__ void finish_tile(float (&sums)[kSums], int64_t tile, TileStart start, int& residual_parity,
                                               Place place) const {
     place.sync();  // the norms are there
     const ScaleShift* norm = norms() + place.consumer * kWarpgroupChannels + place.channel();
     const ScaleShift low = norm[0], high = norm[8];
+    if (problem().statistics) write_statistics(sums, tile, start, low.shift, high.shift, place);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       float z[kChunkSums];
@@ -579,7 +631,7 @@ struct ConvBlock {
       if (plan().split_k > 1) {
         reduce_tile(sums, start, place);
       } else {
-        finish_tile(sums, start, residual_parity, place);
+        finish_tile(sums, tile, start, residual_parity, place);
       }
       tile += args.tile_stride;
       start = decode_tile(plan(), tile);

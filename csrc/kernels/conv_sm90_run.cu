@@ -4,7 +4,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "conv_sm90.cuh"
+#include "forward_sm90.cuh"
 #include "operands_sm90.h"
 #include "run.h"
 
@@ -13,6 +13,9 @@ namespace pointfuse::sm90 {
 extern template cudaError_t launch_conv<half_t>(const Arguments&, cudaStream_t);
 extern template cudaError_t launch_conv<bfloat16_t>(const Arguments&, cudaStream_t);
 extern template cudaError_t launch_conv<float>(const Arguments&, cudaStream_t);
+extern template cudaError_t launch_forward<half_t>(const ForwardArguments&, cudaStream_t);
+extern template cudaError_t launch_forward<bfloat16_t>(const ForwardArguments&, cudaStream_t);
+extern template cudaError_t launch_forward<float>(const ForwardArguments&, cudaStream_t);
 
 namespace {
 
@@ -150,10 +153,12 @@ cudaError_t find_maps(TensorMaps* maps, const Plan& plan, const Problem& p, cons
 
 }  // namespace
 
-cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operands, cudaStream_t stream) {
+namespace {
+
+cudaError_t make_arguments(Arguments* result, const Plan& plan, const Problem& problem, const Operands& operands) {
   TensorMaps maps{};
   if (const cudaError_t error = find_maps(&maps, plan, problem, operands)) return error;
-  Arguments args{};
+  Arguments& args = *result;
   args.weight = maps.weight;
   args.x = maps.x;
   args.y = maps.y;
@@ -168,6 +173,14 @@ cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operan
   args.plane_pixels = problem.pixels() / plan.planes;
   args.y_pitch = flat_pitch(problem.y, y_extent(problem));
   args.residual_pitch = flat_pitch(problem.residual_strides, y_extent(problem));
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operands, cudaStream_t stream) {
+  Arguments args{};
+  if (const cudaError_t error = make_arguments(&args, plan, problem, operands)) return error;
   switch (problem.dtype) {
     case DType::kFloat16:
       return launch_conv<half_t>(args, stream);
@@ -175,6 +188,32 @@ cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operan
       return launch_conv<bfloat16_t>(args, stream);
     default:
       return launch_conv<float>(args, stream);
+  }
+}
+
+cudaError_t run_forward(const Plan& plan, const Problem& problem, const Operands& operands, const Forward& forward,
+                        cudaStream_t stream) {
+  Problem unit = problem;
+  unit.activation = forward.activation;
+  unit.residual = forward.residual ? forward.residual_order : Residual::kNone;
+  unit.residual_strides = problem.y;
+  Operands with_out = operands;
+  with_out.residual = forward.residual;
+  with_out.negative_slope = forward.negative_slope;
+  ForwardArguments args{};
+  args.forward = forward;
+  if (const cudaError_t error = make_arguments(&args.conv, plan, unit, with_out)) return error;
+  with_out.y = forward.out;
+  TensorMaps maps{};
+  if (const cudaError_t error = find_maps(&maps, plan, unit, with_out)) return error;
+  args.out = maps.y;
+  switch (problem.dtype) {
+    case DType::kFloat16:
+      return launch_forward<half_t>(args, stream);
+    case DType::kBFloat16:
+      return launch_forward<bfloat16_t>(args, stream);
+    default:
+      return launch_forward<float>(args, stream);
   }
 }
 

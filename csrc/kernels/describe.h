@@ -59,6 +59,7 @@ inline void add_problem(Text& text, const Problem& p) {
   if (p.padding_h != 0 || p.padding_w != 0) text.add(" padding %" PRId32 "x%" PRId32, p.padding_h, p.padding_w);
   text.add(" of %" PRId64 "x%" PRId64 "x%" PRId64 "x%" PRId64 " %s%s%s %s", p.batch, p.c_in, p.height, p.width,
            dtype_name(p), p.bias ? ", bias" : "", p.batch_norm ? ", batch norm" : "", activation_name(p.activation));
+  if (p.statistics) text.add(", statistics");
   if (p.residual != Residual::kNone) text.add(p.residual == Residual::kAddAct ? " (z + residual)" : " (z) + residual");
 }
 

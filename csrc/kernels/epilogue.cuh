@@ -150,6 +150,36 @@ struct OutputTile {
   }
 };
 
+// The statistics of an output tile for training: the part of each channel over the tile's pixels that lie in y. Two
+// threads a channel, every other four pixels each. `part` is [3][c_out] from the tile's first channel on.
+template <int kBlockChannels, int kThreads, class Tile>
+__device__ __forceinline__ void write_statistics(const Tile& tile, float* part, int64_t c_out, int thread) {
+  static_assert(kThreads == 2 * kBlockChannels, "two threads a channel, in one warp");
+  const int lane = thread % 32, channel = thread / 32 * 16 + lane % 16;
+  // Lanes whose channels share their banks begin with different ones of four pixels.
+  const int rotation = tile.pixel_major ? lane / 8 : 0;
+  const auto add_up = [&](auto term) {
+    float sums[4] = {};
+#pragma unroll 1
+    for (int first = lane / 16 * 4; first < tile.pixels_inside; first += 8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int pixel = first + (i + rotation) % 4;
+        if (pixel < tile.pixels_inside) sums[i] += term(tile.at(channel, pixel));
+      }
+    }
+    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return sum + shuffle_xor(sum, 16);
+  };
+  const auto count = static_cast<float>(tile.pixels_inside);
+  const float mean = divide_fast(add_up([](float value) { return value; }), count);
+  const float m2 = add_up([mean](float value) { return (value - mean) * (value - mean); });
+  if (channel >= tile.channels_inside || lane >= 16) return;
+  store_global(part + channel, count);
+  store_global(part + c_out + channel, mean);
+  store_global(part + 2 * c_out + channel, m2);
+}
+
 // Residual, activation, rounding and store, by kThreads threads in vectors of kVector numbers; a thread has a group of
 // vectors, 16 bytes of y, in hand at a time, and the next group's residual on its way. `y` and `residual` point at the
 // tile's first channel; without a residual the latter is null.

@@ -53,6 +53,8 @@ struct Problem {
   // The weight is not written while kernels that read it may run (a frozen model): it may be read ahead of the
   // preceding kernel's end.
   bool constant_weight;
+  // Training: y is conv(x, weight) + bias alone, and each channel's mean and spread go to Operands::parts.
+  bool statistics;
 
   POINTFUSE_HOST_DEVICE int64_t out_height() const { return (height + 2 * padding_h - kernel_h) / stride_h + 1; }
   POINTFUSE_HOST_DEVICE int64_t out_width() const { return (width + 2 * padding_w - kernel_w) / stride_w + 1; }
@@ -75,6 +77,29 @@ struct Operands {
   float eps, negative_slope;
   // plan.workspace_bytes of device memory, 16-byte aligned; null where the plan needs none.
   void* workspace;
+  // With Problem::statistics, [statistics_parts][3][c_out]: of each tile of pixels how many they are, their mean, and
+  // the sum of the squared distances from it, of conv(x, weight) + bias before rounding. Null otherwise.
+  float* parts;
+};
+
+// What a training forward does with the statistics, where one launch does it all: out = act(z) of the batch's norm,
+// with a residual as in the problem of inference. out and residual are as y is: strides, dtype, alignment.
+struct Forward {
+  void* out;
+  const void* residual;
+  Residual residual_order;
+  Activation activation;
+  float negative_slope, momentum, eps;
+  // Per output channel. Null where absent: gamma and beta, and the running statistics, which move towards the batch's.
+  const void* gamma;
+  const void* beta;
+  void* running_mean;
+  void* running_var;
+  DType gamma_dtype, beta_dtype, running_mean_dtype, running_var_dtype;
+  float* mean;
+  float* rstd;
+  // The blocks that have left their parts: zero before the launch.
+  uint32_t* arrived;
 };
 
 }  // namespace pointfuse

@@ -24,6 +24,19 @@ Plan make_plan(const Problem& problem, const Device& device, Kernel kernel, int3
 // The plan with the least predicted time over all kernels, tiles and splits that take the problem; of equals the first.
 Plan select_plan(const Problem& problem, const Device& device);
 
+// How many parts the statistics of a channel come in: Operands::parts' first size.
+inline int64_t statistics_parts(const Plan& plan, const Problem&) { return plan.pixel_tiles; }
+
+// Why one launch cannot do a training forward by this plan; null if it can: all blocks are resident at once, a tile
+// each, so that they can wait for one another's statistics with their sums in registers.
+inline const char* cooperative_refusal(const Problem& problem, const Plan& plan, const Device& device) {
+  if (!problem.statistics) return "there are no statistics to wait for";
+  if (plan.kernel != Kernel::kSm90) return "only the sm_90 kernel keeps a tile in registers";
+  if (plan.x_pixel_major || !plan.tensor_store) return "y is not channels_last with pixels at multiples of 16 bytes";
+  if (tiles(plan) > cost::resident_blocks(plan, device)) return "the tiles are more than the device holds at once";
+  return nullptr;
+}
+
 // The splits of K that select_plan tries.
 constexpr int32_t kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
@@ -84,6 +97,9 @@ inline const char* problem_refusal(const Problem& p) {
       !extent_fits(p.y, p.batch, p.c_out, p.out_height(), p.out_width(), bytes) ||
       (residual && !extent_fits(p.residual_strides, p.batch, p.c_out, p.out_height(), p.out_width(), bytes))) {
     return "every tensor must span less than 2^62 bytes";
+  }
+  if (p.statistics && (p.batch_norm || residual || p.activation != Activation::kIdentity)) {
+    return "statistics are of the convolution with its bias alone";
   }
   if (p.x_alignment < bytes || p.weight_alignment < bytes || p.y_alignment < bytes ||
       (residual && p.residual_alignment < bytes)) {
@@ -182,6 +198,7 @@ inline const char* sm80_refusal(const Device& device) {
 inline const char* sm90_refusal(const Problem& p, const Device& device, int32_t tile, int32_t split_k) {
   if (device.architecture != 90) return "the sm_90 kernel needs compute capability 9.0";
   if (const char* reason = sm90::refusal(p)) return reason;
+  if (p.statistics && split_k > 1) return "a cluster's blocks have no statistics of a whole tile of pixels";
   return sm90::tile_refusal(p, tile, split_k);
 }
 

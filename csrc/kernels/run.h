@@ -11,7 +11,9 @@ cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operan
 }
 namespace sm90 {
 cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operands, cudaStream_t stream);
-}
+cudaError_t run_forward(const Plan& plan, const Problem& problem, const Operands& operands, const Forward& forward,
+                        cudaStream_t stream);
+}  // namespace sm90
 
 // `plan` is make_plan's or select_plan's for this problem.
 inline cudaError_t run(const Plan& plan, const Problem& problem, const Operands& operands, cudaStream_t stream) {
@@ -23,6 +25,12 @@ inline cudaError_t run(const Plan& plan, const Problem& problem, const Operands&
     default:
       return cudaErrorNotSupported;
   }
+}
+
+// A training forward in one launch: run() with statistics, and what `forward` says. cooperative_refusal() must be null.
+inline cudaError_t run_forward(const Plan& plan, const Problem& problem, const Operands& operands,
+                               const Forward& forward, cudaStream_t stream) {
+  return sm90::run_forward(plan, problem, operands, forward, stream);
 }
 
 }  // namespace pointfuse

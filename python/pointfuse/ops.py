@@ -4,8 +4,8 @@ It is the inference form, batch norm with running statistics, for graphs that mu
 C++): eager code calls :func:`pointfuse.conv_bn_act`, which spares the dispatcher's 7 us. Batch norm is left out where
 ``running_mean`` is absent.
 
-``_conv_bn_act_cuda`` is private to the cuda backend, whose library implements it; its schema and what tracing sees of
-it stand here.
+The operators ``_*_cuda`` are private to the cuda backend, whose library implements them; their schemas and what tracing
+sees of them stand here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pointfuse import reference
-from pointfuse.backends import calls, cuda, select
+from pointfuse.backends import calls, cuda, cuda_training, select
 from pointfuse.problem import Activation, BatchNorm, Geometry, as_pair, check_activation, check_residual_order
 
 _SCHEMA = (
@@ -136,6 +136,85 @@ def _conv_bn_act_cuda_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 
 cuda.operator = torch.ops.pointfuse._conv_bn_act_cuda.default
+
+
+# What these return in the place of a tensor that there is none of is empty. How many parts there are is the library's
+# affair: unknown to tracing.
+_library.define(
+    "_conv_statistics_cuda(Tensor x, Tensor weight, Tensor? bias, int config) -> (Tensor y, Tensor parts)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "_forward_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? residual, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int config, float negative_slope) "
+    "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "_normalise_cuda(Tensor y, Tensor? parts, Tensor? mean, Tensor? rstd, Tensor? gamma, Tensor? beta, "
+    "Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int config, "
+    "float negative_slope) -> (Tensor out, Tensor mean, Tensor rstd)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "_sums_cuda(Tensor grad_out, Tensor y, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, Tensor? residual, "
+    "int config, float negative_slope) -> Tensor parts",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "_gradients_cuda(Tensor grad_out, Tensor y, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? beta, "
+    "Tensor? residual, Tensor? parts, SymInt count, bool want_residual, int config, float negative_slope) "
+    "-> (Tensor dy, Tensor d_residual, Tensor d_gamma, Tensor d_beta)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("pointfuse::_conv_statistics_cuda", lib=_library)
+def _conv_statistics_cuda_fake(x: Tensor, weight: Tensor, bias: Tensor | None, config: int) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size(min=0)
+    return calls.empty_output(x, weight, config), _floats(x, count, 3, weight.shape[0])
+
+
+@torch.library.register_fake("pointfuse::_forward_cuda", lib=_library)
+def _forward_cuda_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, y = (calls.empty_output(x, weight, config=args[8]) for _ in range(2))
+    channels = weight.shape[0]
+    return out, y, _floats(x, channels), _floats(x, channels)
+
+
+@torch.library.register_fake("pointfuse::_normalise_cuda", lib=_library)
+def _normalise_cuda_fake(y: Tensor, parts: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    channels = 0 if parts is None else y.shape[1]
+    return _empty_like(y), _floats(y, channels), _floats(y, channels)
+
+
+@torch.library.register_fake("pointfuse::_sums_cuda", lib=_library)
+def _sums_cuda_fake(grad_out: Tensor, y: Tensor, *args: Any) -> Tensor:
+    return _floats(y, torch.library.get_ctx().new_dynamic_size(min=1), 2, y.shape[1])
+
+
+@torch.library.register_fake("pointfuse::_gradients_cuda", lib=_library)
+def _gradients_cuda_fake(grad_out: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts, want_residual = args[5], args[7]
+    channels = 0 if parts is None else y.shape[1]
+    d_residual = _empty_like(y) if want_residual else _floats(y, 0)
+    return _empty_like(y), d_residual, _floats(y, channels), _floats(y, channels)
+
+
+cuda_training.conv_operator = torch.ops.pointfuse._conv_statistics_cuda.default
+cuda_training.forward_operator = torch.ops.pointfuse._forward_cuda.default
+cuda_training.normalise_operator = torch.ops.pointfuse._normalise_cuda.default
+cuda_training.sums_operator = torch.ops.pointfuse._sums_cuda.default
+cuda_training.gradients_operator = torch.ops.pointfuse._gradients_cuda.default
+
+
+def _empty_like(y: Tensor) -> Tensor:
+    """Of y's very strides, which ``torch.empty_like`` does not keep where a dimension has one element."""
+    return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
+
+
+def _floats(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -104,22 +104,15 @@ class _ConvBNAct(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
-        bn = call.bn
-        steps, y, parts = _conv(training_steps(), x, weight, bias, call.geometry, bn.batch_statistics)
-        mean = rstd = None
+        steps = training_steps()
+        done = _forward_at_once(steps, x, weight, bias, gamma, beta, residual, call)
         ctx.count = None
-        if not bn.batch_statistics:
-            mean, rstd = _given_statistics(bn, y)
-        elif call.group is not None:
-            parts = aten_training.statistics(y) if parts is None else parts
-            mean, rstd, ctx.count = _joint_statistics(parts, bn, call.group)
-        if y.numel() == 0:
-            out = torch.empty_like(y)
+        if done is not None:
+            out, y, mean, rstd = done
         else:
-            out, mean, rstd = _step(
-                steps, "normalise", y, parts, mean, rstd, _wide(gamma, y), _wide(beta, y), residual,
-                bn.running_mean, bn.running_var, bn.momentum, bn.eps, call.activation, call.residual_order,
-            )  # fmt: skip
+            steps, out, y, mean, rstd, ctx.count = _forward_by_steps(
+                steps, x, weight, bias, gamma, beta, residual, call
+            )
         ctx.call, ctx.steps = call, steps
         ctx.residual_shape = None if residual is None else residual.shape
         seen = residual if call.residual_order == "add_act" and call.activation.name != "identity" else None
@@ -154,6 +147,61 @@ class _ConvBNAct(torch.autograd.Function):
         return d_x, d_weight, d_bias, d_gamma, d_beta, d_residual if want_residual else None, None
 
 
+def _forward_at_once(
+    steps: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """out, y, mean and rstd by a backend that has one call for them, where it takes the unit."""
+    bn = call.bn
+    if not hasattr(steps, "forward") or not bn.batch_statistics or call.group is not None or x.numel() == 0:
+        return None
+    try:
+        return steps.forward(
+            x, weight, bias, call.geometry, gamma, beta, residual, bn.running_mean, bn.running_var, bn.momentum,
+            bn.eps, call.activation, call.residual_order,
+        )  # fmt: skip
+    except Refused:
+        # Its steps one by one may serve, and say why if they do not.
+        return None
+
+
+def _forward_by_steps(
+    steps: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+) -> tuple[Any, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The backend that served, out, y, mean, rstd, and how many elements a channel all processes have together."""
+    bn = call.bn
+    steps, y, parts = _conv(steps, x, weight, bias, call.geometry, bn.batch_statistics)
+    mean = rstd = count = None
+    if not bn.batch_statistics:
+        mean, rstd = _given_statistics(bn, y)
+    elif call.group is not None:
+        parts = aten_training.statistics(y) if parts is None else parts
+        mean, rstd, count = _joint_statistics(parts, bn, call.group)
+        parts = None
+    if y.numel() == 0:
+        assert mean is not None
+        assert rstd is not None
+        return steps, torch.empty_like(y), y, mean, rstd, count
+    out, mean, rstd = _step(
+        steps, "normalise", y, parts, mean, rstd, _wide(gamma, y), _wide(beta, y), residual,
+        bn.running_mean, bn.running_var, bn.momentum, bn.eps, call.activation, call.residual_order,
+    )  # fmt: skip
+    return steps, out, y, mean, rstd, count
+
+
 def _gradients(
     steps: Any,
     call: Call,
@@ -171,8 +219,10 @@ def _gradients(
     unit = (grad_out, y, mean, rstd, gamma, beta, residual, call.activation, call.residual_order)
     batch_statistics = call.bn.batch_statistics
     want_y, want_residual, want_gamma, want_beta = wanted
+    # Where the activation does not see the residual, its gradient is grad_out.
+    want_residual = want_residual and residual is not None
     if call.group is None and steps is aten_training:
-        return aten_training.backward(*unit, batch_statistics, wanted)
+        return aten_training.backward(*unit, batch_statistics, (want_y, want_residual, want_gamma, want_beta))
     d_gamma = d_beta = parts = None
     elements: float = y.numel() // y.shape[1]
     if want_gamma or want_beta or (want_y and batch_statistics):
@@ -187,7 +237,7 @@ def _gradients(
             elements = 1
     elif parts is not None and not (want_y and batch_statistics):
         d_beta, d_gamma = parts.sum(0)
-    if not want_y and not (want_residual and residual is not None):
+    if not want_y and not want_residual:
         return None, None, d_gamma, d_beta
     given = parts if batch_statistics else None
     dy, d_residual, *d_norm = _step(steps, "gradients", *unit, given, elements, want_residual)

@@ -22,7 +22,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
-SOURCES = [HERE / "run_binding.cpp", *sorted(KERNELS.glob("*.cu"))]
+SOURCES = [HERE / "run_binding.cpp", HERE / "training_binding.cpp", *sorted(KERNELS.glob("*.cu"))]
 BUILD = ROOT / "build" / "host_cuda"
 
 RULES = """\

@@ -1,6 +1,8 @@
 // csrc/gpu.h for the emulator: one GPU, of a kind that the planner knows by name.
 #pragma once
 
+#include <cstring>
+
 #include "atoms.cuh"
 #include "device.h"
 
@@ -17,6 +19,10 @@ inline std::string no_gpu_reason() { return ""; }
 }  // namespace pointfuse
 
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "an error of the emulator"; }
 inline const char* cudaGetErrorString(cudaError_t) { return host_cuda::last_error().c_str(); }

@@ -18,6 +18,8 @@ inline cudaError_t check(const LaunchConfig& config) {
     return refuse(cudaErrorInvalidConfiguration,
                   host_cuda::format("launch: a grid of %lld blocks of %d threads in clusters of %d",
                                     (long long)config.grid, config.threads, config.cluster));
+  if (config.cooperative && config.cluster > 1)
+    return refuse(cudaErrorInvalidConfiguration, "launch: the emulator has no clusters in a cooperative grid");
   if (config.shared_bytes < 0 || config.shared_bytes > kMaxSharedBytes)
     return refuse(cudaErrorInvalidValue, host_cuda::format("launch: %d bytes of shared memory", config.shared_bytes));
   return cudaSuccess;
@@ -29,7 +31,7 @@ template <class... Parameters, class... Args>
 cudaError_t launch(const LaunchConfig& config, cudaStream_t, void (*kernel)(Parameters...), Args&&... args) {
   if (const cudaError_t error = host::check(config)) return error;
   const std::tuple<Parameters...> parameters(std::forward<Args>(args)...);
-  host_cuda::Machine machine({config.grid, config.threads, config.shared_bytes, config.cluster},
+  host_cuda::Machine machine({config.grid, config.threads, config.shared_bytes, config.cluster, config.cooperative},
                              [&] { std::apply(kernel, parameters); });
   host_cuda::running_machine() = &machine;
   const std::string message = machine.run();

@@ -410,6 +410,18 @@ inline void cluster_wait() {
   self.cluster_arrived = false;
 }
 
+inline void grid_barrier(uint32_t* arrived, uint32_t blocks) {
+  host_cuda::Machine& machine = host_cuda::machine();
+  host_cuda::check_global(arrived, 4, 4, "grid_barrier");
+  if (!machine.shape.cooperative || blocks != machine.shape.grid)
+    host_cuda::fail("grid_barrier: of blocks that do not all run at once");
+  if (++*arrived > blocks) host_cuda::fail("grid_barrier: the counter was not zero");
+  if (*arrived == blocks) machine.notify(machine.grid_event);
+  while (*arrived < blocks)
+    machine.wait(machine.grid_event, "grid_barrier",
+                 [=] { return host_cuda::format("%u of %u blocks came", *arrived, blocks); });
+}
+
 inline void cluster_sync() {
   cluster_arrive();
   cluster_wait();

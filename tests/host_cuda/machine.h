@@ -194,6 +194,10 @@ struct Load {
 struct Shape {
   int64_t grid;
   int threads, shared_bytes, cluster;
+  bool cooperative = false;
+
+  // Blocks that run at the same time.
+  int64_t together() const { return cooperative ? grid : cluster; }
 };
 
 class Machine {
@@ -213,8 +217,9 @@ class Machine {
 
   const Shape shape;
   Fiber* current = nullptr;
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Block> blocks;  // of the cluster, or the cooperative grid, that runs
   ClusterBarrier cluster_barrier;
+  Event grid_event;
 
  private:
   static void run_fiber();
@@ -272,11 +277,11 @@ inline uint64_t Machine::random() {
 
 inline std::string Machine::run() {
   random_ = options().seed;
-  const int64_t clusters = shape.grid / shape.cluster;
+  const int64_t together = shape.together(), clusters = shape.grid / together;
   for (int64_t i = 0; i < clusters && error_.empty(); ++i) {
     const int64_t cluster = options().seed % 2 ? clusters - 1 - i : i;
-    blocks = std::vector<Block>(shape.cluster);
-    for (int rank = 0; rank < shape.cluster; ++rank) set_up(blocks[rank], cluster * shape.cluster + rank, rank);
+    blocks = std::vector<Block>(together);
+    for (int rank = 0; rank < together; ++rank) set_up(blocks[rank], cluster * together + rank, rank);
     schedule();
     tear_down();
   }

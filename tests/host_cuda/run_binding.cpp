@@ -1,123 +1,18 @@
 // The kernels for Python's tests, in the emulator or on a GPU: run() plans one candidate, launches it on tensors given
 // by address, and waits for it.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
-#include "atoms.cuh"
+#include "binding.h"
 #include "plan.h"
 #include "run.h"
 
-namespace py = pybind11;
 using namespace pointfuse;
+using namespace pointfuse::testing;
 
 namespace {
-
-// ---- What differs between the emulator and a GPU.
-
-#if defined(POINTFUSE_HOST_CUDA)
-
-void forget_memory() { host_cuda::clear_global(); }
-void announce_memory(const void* base, size_t bytes) { host_cuda::register_global(base, bytes); }
-void set_options(bool late, uint64_t seed) { host_cuda::options() = {late, seed}; }
-std::string failure(cudaError_t error) { return error == cudaSuccess ? "" : host_cuda::last_error(); }
-int32_t architecture() { return 90; }
-
-// Filled with NaN.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) : memory_((static_cast<size_t>(bytes) + sizeof(float4) - 1) / sizeof(float4)) {
-    std::memset(memory_.data(), 0xff, memory_.size() * sizeof(float4));
-    announce_memory(memory_.data(), static_cast<size_t>(bytes));
-  }
-  void* data() { return memory_.data(); }
-
- private:
-  std::vector<float4> memory_;
-};
-
-#else
-
-void forget_memory() {}
-void announce_memory(const void*, size_t) {}
-void set_options(bool, uint64_t) {}
-std::string failure(cudaError_t error) {
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
-}
-
-int32_t architecture() {
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
-  return 10 * major + minor;
-}
-
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    if (bytes > 0) cudaMalloc(&memory_, static_cast<size_t>(bytes));
-    if (memory_) cudaMemset(memory_, 0xff, static_cast<size_t>(bytes));
-  }
-  ~Workspace() { cudaFree(memory_); }
-  void* data() { return memory_; }
-
- private:
-  void* memory_ = nullptr;
-};
-
-#endif
-
-// ---- A unit from Python
-
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float16") return DType::kFloat16;
-  if (name == "bfloat16") return DType::kBFloat16;
-  throw py::value_error("no such dtype: " + name);
-}
-
-Activation activation_of(const std::string& name) {
-  const std::pair<const char*, Activation> known[] = {{"identity", Activation::kIdentity},
-                                                      {"leaky_relu", Activation::kLeakyRelu},
-                                                      {"relu", Activation::kRelu},
-                                                      {"relu6", Activation::kRelu6},
-                                                      {"silu", Activation::kSilu}};
-  for (const auto& [known_name, activation] : known) {
-    if (name == known_name) return activation;
-  }
-  throw py::value_error("no such activation: " + name);
-}
-
-// A tensor as Python describes it: address, sizes, strides, dtype; None is absent.
-struct Tensor {
-  char* data = nullptr;
-  std::vector<int64_t> sizes, strides;
-  DType dtype = DType::kFloat32;
-
-  Tensor(const py::dict& tensors, const char* name) {
-    if (!tensors.contains(name) || tensors[name].is_none()) return;
-    const py::object tensor = tensors[name];
-    data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-    sizes = tensor.attr("shape").cast<std::vector<int64_t>>();
-    strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
-    dtype = dtype_of(py::str(tensor.attr("dtype")).cast<std::string>().substr(sizeof("torch.") - 1));
-    const py::object storage = tensor.attr("untyped_storage")();
-    announce_memory(reinterpret_cast<char*>(storage.attr("data_ptr")().cast<uintptr_t>()),
-                    storage.attr("nbytes")().cast<size_t>());
-  }
-
-  Strides four() const { return {strides.at(0), strides.at(1), strides.at(2), strides.at(3)}; }
-  int32_t alignment() const {
-    const auto address = reinterpret_cast<uintptr_t>(data);
-    return address % 16 == 0 ? 16 : static_cast<int32_t>(address & -address);
-  }
-};
 
 struct Unit {
   Problem problem{};
@@ -127,7 +22,7 @@ struct Unit {
 Unit unit_of(const py::dict& tensors, const py::dict& options) {
   const Tensor x(tensors, "x"), weight(tensors, "weight"), y(tensors, "y"), residual(tensors, "residual");
   const Tensor bias(tensors, "bias"), mean(tensors, "mean"), var(tensors, "var"), gamma(tensors, "gamma"),
-      beta(tensors, "beta");
+      beta(tensors, "beta"), parts(tensors, "parts");
   const auto pair = [&](const char* name) { return options[name].cast<std::pair<int32_t, int32_t>>(); };
   Unit unit;
   Problem& p = unit.problem;
@@ -143,6 +38,7 @@ Unit unit_of(const py::dict& tensors, const py::dict& options) {
   p.bias = bias.data, p.batch_norm = mean.data;
   p.activation = activation_of(options["activation"].cast<std::string>());
   p.constant_weight = options["constant_weight"].cast<bool>();
+  p.statistics = parts.data;
   if (residual.data) {
     p.residual = options["residual_order"].cast<std::string>() == "add_act" ? Residual::kAddAct : Residual::kActAdd;
     p.residual_strides = residual.four();
@@ -161,7 +57,8 @@ Unit unit_of(const py::dict& tensors, const py::dict& options) {
                    mean.dtype,
                    options["eps"].cast<float>(),
                    options["negative_slope"].cast<float>(),
-                   nullptr};
+                   nullptr,
+                   reinterpret_cast<float*>(parts.data)};
   return unit;
 }
 
@@ -191,6 +88,9 @@ py::dict run_unit(const py::dict& tensors, const py::dict& options, const std::s
   if (plan.refusal) throw py::value_error(plan.refusal);
   if (general) plan.vectorised = false;
   if (grid > 0) plan.grid = grid;
+  const int64_t parts = unit.problem.statistics ? tensors["parts"].attr("shape")[py::int_(0)].cast<int64_t>() : 0;
+  if (unit.problem.statistics && parts != statistics_parts(plan, unit.problem))
+    throw py::value_error("parts must be " + std::to_string(statistics_parts(plan, unit.problem)));
 
   Workspace workspace(plan.workspace_bytes);
   unit.operands.workspace = workspace.data();
@@ -200,11 +100,51 @@ py::dict run_unit(const py::dict& tensors, const py::dict& options, const std::s
   return described(plan);
 }
 
+// A training forward in one launch: run_unit's of the convolution, then what `batch` and its options say.
+void run_training_forward(const py::dict& tensors, const py::dict& options, const py::dict& batch, int tile, bool late,
+                          uint64_t seed) {
+  forget_memory();
+  Unit unit = unit_of(tensors, options);
+  const Device& device = *device_by_name("h100");
+  const Plan plan = make_plan(unit.problem, device, Kernel::kSm90, tile, 1);
+  if (plan.refusal) throw py::value_error(plan.refusal);
+  if (const char* reason = cooperative_refusal(unit.problem, plan, device)) throw py::value_error(reason);
+  const Tensor out(batch, "out"), residual(batch, "residual"), gamma(batch, "gamma"), beta(batch, "beta"),
+      running_mean(batch, "running_mean"), running_var(batch, "running_var"), mean(batch, "mean"), rstd(batch, "rstd"),
+      arrived(batch, "arrived");
+  const Residual order =
+      options["residual_order"].cast<std::string>() == "add_act" ? Residual::kAddAct : Residual::kActAdd;
+  const Forward forward{out.data,
+                        residual.data,
+                        order,
+                        activation_of(batch["activation"].cast<std::string>()),
+                        options["negative_slope"].cast<float>(),
+                        batch["momentum"].cast<float>(),
+                        options["eps"].cast<float>(),
+                        gamma.data,
+                        beta.data,
+                        running_mean.data,
+                        running_var.data,
+                        gamma.dtype,
+                        beta.dtype,
+                        running_mean.dtype,
+                        running_var.dtype,
+                        reinterpret_cast<float*>(mean.data),
+                        reinterpret_cast<float*>(rstd.data),
+                        reinterpret_cast<uint32_t*>(arrived.data)};
+  set_options(late, seed);
+  const std::string message = failure(run_forward(plan, unit.problem, unit.operands, forward, nullptr));
+  if (!message.empty()) throw std::runtime_error(message);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(POINTFUSE_TEST_MODULE, module) {
   module.def("run", &run_unit, py::arg("tensors"), py::arg("options"), py::kw_only(), py::arg("kernel"),
              py::arg("tile"), py::arg("split_k") = 1, py::arg("general") = false, py::arg("grid") = 0,
              py::arg("late") = true, py::arg("seed") = 0);
+  module.def("forward", &run_training_forward, py::arg("tensors"), py::arg("options"), py::arg("batch"), py::kw_only(),
+             py::arg("tile"), py::arg("late") = true, py::arg("seed") = 0);
+  define_training(module);
   module.attr("tiles") = py::dict(py::arg("sm80") = sm80::kTileCount, py::arg("sm90") = sm90::kTileCount);
 }

@@ -1237,6 +1237,34 @@ TEST(cluster_barriers_arrive_remotely) {
   });
 }
 
+TEST(blocks_of_a_cooperative_grid_meet) {
+  for (const uint64_t seed : {0, 1, 2, 3}) {
+    host_cuda::options() = {true, seed};
+    float left[5] = {}, seen[5] = {};
+    uint32_t arrived = 0;
+    const auto kernel = +[](float* left, float* seen, uint32_t* arrived) {
+      if (thread_index() == 40) left[blockIdx.x] = float(blockIdx.x + 1);
+      block_sync();
+      if (thread_index() == 0) grid_barrier(arrived, gridDim.x);
+      block_sync();
+      if (thread_index() == 50) seen[blockIdx.x] = left[(blockIdx.x + 1) % 5];
+    };
+    run({5, 64, 0, 1, false, true}, kernel, left, seen, &arrived);
+    for (int block = 0; block < 5; ++block) CHECK_EQUAL(seen[block], float((block + 1) % 5 + 1));
+    fails("the counter was not zero", {5, 64, 0, 1, false, true}, kernel, left, seen, &arrived);
+    arrived = 0;
+    fails("of blocks that do not all run at once", {5, 64, 0, 1, false}, kernel, left, seen, &arrived);
+  }
+  uint32_t arrived = 0;
+  fails(
+      "1 of 2 blocks came", {2, 32, 0, 1, false, true},
+      +[](uint32_t* arrived) {
+        if (blockIdx.x == 0 && thread_index() == 0) grid_barrier(arrived, 2);
+      },
+      &arrived);
+  fails("no clusters in a cooperative grid", {2, 32, 0, 2, false, true}, +[](int) {}, 0);
+}
+
 TEST(cluster_misuse_is_refused) {
   host_cuda::options() = {true, 0};
   fails(

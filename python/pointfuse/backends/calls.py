@@ -128,6 +128,11 @@ def arguments(
     return x, weight, bias, mean, var, gamma, beta, residual, config, eps, slope
 
 
+def epilogue_config(activation: Activation, residual_order: str) -> int:
+    """The part of an operator's ``config`` that says the activation, and where a residual is added."""
+    return _ACTIVATION_CODES[activation.name] | _RESIDUAL_CODES[residual_order]
+
+
 def misfit(
     x: Tensor,
     weight: Tensor,

@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).resolve().parents[1] / "_cuda.so"
 # What setup.py built, and why it did not build the rest.
 BUILD_RECORD = LIBRARY.with_name("_build.json")
 # Counts the changes of the operator's arguments; the library says for which it was built.
-INTERFACE = 1
+INTERFACE = 2
 
 # As torch_binding.cpp says them.
 _REFUSED = "pointfuse does not serve this call: "
@@ -102,6 +102,11 @@ def conv_bn_act(
     arguments = calls.arguments(
         x, weight, bias, bn, activation, geometry, residual, residual_order, frozen=frozen, channels_last=channels_last
     )
+    return call(operator, *arguments)
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """What an operator of the library returns. Raises as :func:`conv_bn_act` does."""
     try:
         return operator(*arguments)
     except RuntimeError as error:

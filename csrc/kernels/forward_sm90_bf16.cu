@@ -1,0 +1,7 @@
+#include "forward_sm90.cuh"
+
+namespace pointfuse::sm90 {
+
+template cudaError_t launch_forward<bfloat16_t>(const ForwardArguments&, cudaStream_t);
+
+}  // namespace pointfuse::sm90
