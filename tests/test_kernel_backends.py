@@ -708,3 +708,14 @@ def test_autocast_trains_on_the_kernels(place: Place, trained: list[str]) -> Non
     y.float().sum().backward()
     assert trained[-2:] == ["sums", "gradients"]
     assert unit.conv.weight.grad.dtype == torch.float32
+
+
+def test_a_unit_whose_gradients_are_not_served_says_so(lenient: None, trained: list[str]) -> None:
+    unit = pointfuse.ConvBNAct2d(24, 40, 1)
+    x, residual = torch.randn(2, 24, 6, 6), torch.randn(40, 1, 1)
+    with pytest.warns(FallbackWarning, match="gradients are recorded of a call that is no plain unit's"):
+        y = unit(x, residual)
+    assert not trained
+    assert y.requires_grad
+    with pointfuse.use_backend(sys.modules["pointfuse.backends"].chosen(), strict=True), pytest.raises(RuntimeError):
+        unit(x, residual)

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pointfuse import training as with_gradients
-from pointfuse.backends import aten, aten_training, select
+from pointfuse.backends import announce_refusal, aten, aten_training, select
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry, check_activation, check_residual_order
 
@@ -196,7 +196,9 @@ def _run_live(
     size, training = x.numel(), bn is not None and bn.training
     may_record = training or torch.is_grad_enabled()
     # The cheap test first: there are units that take no longer than the rest of this function.
-    if may_record and (bn is None or (size < min_input(conv, bn) and not recompute and select() is aten)):
+    if may_record and bn is None:
+        return None
+    if may_record and select() is aten and not recompute and (x.is_cuda or size < min_input(conv, bn)):
         return None
     if not may_record and size < select().min_input(conv, bn):
         return None
@@ -212,6 +214,7 @@ def _run_live(
         return None if operands.running_mean is None else select().conv_bn_act(*unit, residual_inplace)
     group = process_group(bn)
     if not with_gradients.serves(x, weight, bias, operands, geometry, residual, recompute=recompute, group=group):
+        announce_refusal("gradients are recorded of a call that is no plain unit's")
         return None
     assert isinstance(bn, _BatchNorm)
     if training:

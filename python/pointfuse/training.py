@@ -56,12 +56,14 @@ def serves(
     """
     if torch.compiler.is_compiling() or not _fits(x, weight, bias, bn, geometry, residual, group):
         return False
-    if training_steps() is not aten_training or recompute or group is not None:
+    if training_steps() is not aten_training or recompute:
         return True
     # On a GPU, PyTorch's own kernels one by one are as fast as the same with another pass between.
+    if x.is_cuda or group is not None:
+        return not x.is_cuda
     height, width = geometry.resolved(weight.shape).output_plane(x.shape, weight.shape)
     dtype = _autocast_dtype(x, "cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return not x.is_cuda and aten_training.pays(len(x) * len(weight) * height * width, weight, dtype)
+    return aten_training.pays(len(x) * len(weight) * height * width, weight, dtype)
 
 
 def conv_bn_act(

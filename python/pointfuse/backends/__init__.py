@@ -156,9 +156,10 @@ def training_steps() -> ModuleType:
 def announce_refusal(reason: str) -> None:
     """Say, once a reason, that ATen takes a step which the backend that was asked for refuses.
 
-    Raises ``RuntimeError`` instead with ``strict``.
+    Raises ``RuntimeError`` instead with ``strict``. Says nothing where no backend was asked for by name.
     """
-    _preferred[_requested].announce(reason)
+    if _requested in _preferred:
+        _preferred[_requested].announce(reason)
 
 
 def chosen() -> str:

@@ -17,8 +17,8 @@ two sums. Statistics are fp32, or fp64 for fp64 tensors. ``y`` is dense, contigu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import EllipsisType
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,9 @@ _ops = torch.ops.aten
 MIN_MACS_PER_THREAD = 1 << 28
 # In half precision the pass that makes the pre-activation again must be hidden by more arithmetic.
 MIN_MACS_PER_OUTPUT_IN_HALF = 1024
-# Elements that the passes over a piece keep in cache, a megabyte in fp32.
-_PIECE = 1 << 18
+# Elements that the passes over a piece keep in cache, two megabytes in fp32.
+_PIECE = 1 << 19
 _PER_CHANNEL = (0, 2, 3)
-
-# An index of a tensor.
-Piece = tuple[slice, ...] | EllipsisType
 
 
 def min_input(conv: nn.Conv2d) -> int:
@@ -70,8 +67,8 @@ def statistics(y: Tensor) -> Tensor:
         return torch.zeros(1, 3, y.shape[1], dtype=wide, device=y.device)
     mean = y.sum(_PER_CHANNEL, dtype=wide) / count
     squares = torch.zeros_like(mean)
-    for piece in _pieces(y, by_rows=True):
-        squares += (y[piece] - _per_channel(mean)).square_().sum(_PER_CHANNEL)
+    for piece in _pieces(y):
+        squares += (piece - _per_channel(mean)).square_().sum(_PER_CHANNEL)
     return torch.stack((torch.full_like(mean, count), mean, squares))[None]
 
 
@@ -117,8 +114,8 @@ def normalise(
         else:
             mean, rstd = finalise(statistics(y) if parts is None else parts, running_mean, running_var, momentum, eps)
     out = torch.empty_like(y)
-    for piece, z in _pre_activations(y, mean, rstd, gamma, beta, out):
-        added = None if residual is None else residual[piece]
+    residuals = itertools.repeat(None) if residual is None else _pieces(residual)
+    for z, added in zip(_pre_activations(y, mean, rstd, gamma, beta, out), residuals, strict=False):
         finished = aten.finish(z, activation, added, residual_order, False, True)
         assert finished.data_ptr() == z.data_ptr()
     return out, mean, rstd
@@ -225,11 +222,11 @@ def _gradient_of_y(
     offset = torch.addcmul(share * d_beta, mean, slope, value=-1)
     column = _per_channel(scale)
     channels_last = y.is_contiguous(memory_format=torch.channels_last)
-    for piece, t in _affine(y, slope, offset, None):
+    for t, piece in zip(_affine(y, slope, offset, None), _pieces(dz), strict=True):
         if channels_last:
-            torch.addcmul(t, dz[piece], column, out=dz[piece])
+            torch.addcmul(t, piece, column, out=piece)
         else:
-            dz[piece].mul_(column).add_(t)
+            piece.mul_(column).add_(t)
     return dz
 
 
@@ -248,10 +245,13 @@ def _activation_gradient(
     if activation.name == "identity":
         return grad_out
     dz = torch.empty_like(y)
-    for piece, z in _pre_activations(y, mean, rstd, gamma, beta, None):
-        if residual is not None and residual_order == "add_act":
-            z.add_(residual[piece])
-        _through_activation(grad_out[piece], z, activation, dz[piece])
+    added = residual is not None and residual_order == "add_act"
+    residuals = _pieces(residual) if residual is not None and added else itertools.repeat(None)
+    pre_activations = _pre_activations(y, mean, rstd, gamma, beta, None)
+    for z, upstream, piece, before in zip(pre_activations, _pieces(grad_out), _pieces(dz), residuals, strict=False):
+        if before is not None:
+            z.add_(before)
+        _through_activation(upstream, z, activation, piece)
     return dz
 
 
@@ -268,10 +268,10 @@ def _through_activation(grad_out: Tensor, z: Tensor, activation: Activation, dz:
 
 def _pre_activations(
     y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor | None
-) -> Iterator[tuple[Piece, Tensor]]:
-    """gamma * (y - mean) * rstd + beta, a piece at a time: where it lies in ``y``, and its values.
+) -> Iterator[Tensor]:
+    """gamma * (y - mean) * rstd + beta, piece after piece.
 
-    They are written to that piece of ``into``, or to memory that the next piece is written to.
+    They are written to the pieces of ``into``, or else to memory that the next piece is written to.
     """
     if _in_pieces(y):
         scale = rstd if gamma is None else rstd * gamma
@@ -280,53 +280,47 @@ def _pre_activations(
         return
     # Of half precision, whose products are to be rounded once.
     nothing, var = torch.empty(0, device=y.device), rstd.pow(-2)
-    for piece, source, z in _pieces_of(y, into, by_rows=False):
+    for piece, z in _with_memory(y, into):
         _ops.native_batch_norm.out(
-            source, gamma, beta, mean, var, False, 0.0, 0.0, out=z, save_mean=nothing, save_invstd=nothing
+            piece, gamma, beta, mean, var, False, 0.0, 0.0, out=z, save_mean=nothing, save_invstd=nothing
         )
-        yield piece, z
+        yield z
 
 
-def _affine(y: Tensor, scale: Tensor, shift: Tensor, into: Tensor | None) -> Iterator[tuple[Piece, Tensor]]:
-    """scale * y + shift, a piece at a time, as :func:`_pre_activations`."""
+def _affine(y: Tensor, scale: Tensor, shift: Tensor, into: Tensor | None) -> Iterator[Tensor]:
+    """scale * y + shift, piece after piece, as :func:`_pre_activations`."""
     column, offset = _per_channel(scale), _per_channel(shift)
     channels_last = y.is_contiguous(memory_format=torch.channels_last)
-    for piece, source, z in _pieces_of(y, into, by_rows=True):
+    for piece, z in _with_memory(y, into):
         if channels_last:
-            torch.addcmul(offset, source, column, out=z)
+            torch.addcmul(offset, piece, column, out=z)
         else:
             # With numbers that do not change along a row, addcmul is not vectorised.
-            torch.mul(source, column, out=z).add_(offset)
-        yield piece, z
+            torch.mul(piece, column, out=z).add_(offset)
+        yield z
 
 
-def _pieces_of(y: Tensor, into: Tensor | None, by_rows: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-    """Where each piece lies, the piece, and memory of its shape: that of ``into``, or the same for every piece."""
-    memory: Tensor | None = None
-    for piece in _pieces(y, by_rows):
-        source = y[piece]
-        if into is None and memory is None:
-            memory = torch.empty_like(source)
-        yield piece, source, into[piece] if memory is None else memory[: len(source), :, : source.shape[2]]  # type: ignore[index]
+def _with_memory(y: Tensor, into: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each piece of ``y`` with memory of its shape: that of ``into``, or the same for every piece."""
+    pieces = _pieces(y)
+    if into is not None:
+        yield from zip(pieces, _pieces(into), strict=True)
+    elif pieces:
+        memory = torch.empty_like(pieces[0])
+        for piece in pieces:
+            yield piece, memory if len(piece) == len(memory) else memory[: len(piece)]
 
 
 def _in_pieces(y: Tensor) -> bool:
-    """Whether y's elements can be multiplied by fp32 statistics without a change of dtype."""
+    """Whether y's elements can be multiplied by fp32 statistics without a change of dtype, and gain by it."""
     return y.dtype in (torch.float32, torch.float64) and y.device.type == "cpu"
 
 
-def _pieces(y: Tensor, by_rows: bool) -> Iterator[Piece]:
-    """Where the pieces of a tensor lie: some images, or ``by_rows`` some rows of one where an image is larger."""
-    batch, channels, height, width = y.shape
-    if y.numel() <= _PIECE:
-        # Half the cost of a slice.
-        yield ...
-        return
-    images = max(1, _PIECE // max(1, channels * height * width)) if y.device.type == "cpu" else batch
-    rows = max(1, _PIECE // max(1, channels * width)) if by_rows and images == 1 else max(1, height)
-    for n in range(0, batch, max(1, images)):
-        for h in range(0, height, rows):
-            yield slice(n, n + images), slice(None), slice(h, h + rows)
+def _pieces(t: Tensor) -> Sequence[Tensor]:
+    """A tensor of y's shape as images, as many together as stay in cache."""
+    if t.numel() <= _PIECE or t.device.type != "cpu":
+        return (t,)
+    return t.split(max(1, _PIECE * len(t) // t.numel()))
 
 
 def _sums_of(dz: Tensor, y: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
