@@ -66,7 +66,7 @@ class Unit:
         return (
             f"{self.chip} {self.dtype} {self.layout} {kind} {self.batch}x{self.c_in}x{self.plane}x{self.plane}"
             f"->{self.c_out}{where} tile {c.block_channels}x{c.block_pixels}x{c.block_k} stages {c.stages}"
-            f" warps {c.warps} split {c.split_k}"
+            f" warps {c.warps} split {c.split_k}{' flattened' if c.flatten else ''}"
         )
 
     def plan(self) -> Plan:
@@ -109,6 +109,7 @@ class Kernel:
         opcodes: how often each instruction stands in it.
         loop: the same for the innermost loop with products; empty where there is none.
         stores: its stores to global memory by the bits that a thread stores at once.
+        fused: whether a product is rounded together with what it is added to.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Kernel:
     opcodes: dict[str, int]
     loop: dict[str, int]
     stores: dict[str, int]
+    fused: bool
 
 
 @dataclass
@@ -171,6 +173,7 @@ def inspect(kernel: Any, seconds: float) -> Kernel:
         count(instructions),
         count(min(products, key=len, default=[])),
         dict(Counter(store_width(modifiers) for opcode, modifiers, _ in instructions if opcode == "STG")),
+        kernel.metadata.enable_fp_fusion,
     )
 
 

@@ -54,6 +54,7 @@ def launches(
     norm: torch.dtype | None = torch.float32,
     affine: bool = True,
     residual: bool = False,
+    statistics: bool = False,
     misaligned: Collection[str] = (),
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The kernels that a plan launches, their arguments with an :class:`Address` for each tensor, and the compiler's
@@ -66,6 +67,7 @@ def launches(
         norm: the dtype of batch norm's tensors, or ``None`` without it.
         affine: whether batch norm has ``gamma`` and ``beta``.
         residual: whether there is one; its strides are the plan's.
+        statistics: whether the plan's tiles give parts of them.
         misaligned: the kernels' names of tensors that do not begin at a multiple of 16 bytes.
 
     Raises ``RuntimeError`` as :func:`compile_plan`.
@@ -82,8 +84,10 @@ def launches(
         "partials": torch.float32 if made.partials else None,
     }
     tensors = [None if (d := dtypes[name]) is None else Address(d, name not in misaligned) for name in _TENSORS]
-    found = backend.loaded()._arguments(made, tuple(tensors), _EPS, _SLOPE)
-    return [(kernel, arguments, options) for kernel, _, arguments, options in found]
+    launching = backend.loaded()
+    parts = Address(torch.float32) if statistics else None
+    found = launching.kernel_launches(made, tuple(tensors), _EPS, _SLOPE, parts)
+    return [(kernel, arguments, options | launching.FUSED) for kernel, _, arguments, options in found]
 
 
 def refusal() -> str | None:

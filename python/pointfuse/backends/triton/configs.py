@@ -157,13 +157,19 @@ class Config:
         return self.block_channels * self.block_pixels // (32 * self.warps)
 
     def shared_bytes(self, shape: ShapeClass) -> int:
-        """Shared memory that the kernel takes at most: the steps under way, or later the tile on its way out."""
+        """Shared memory that the kernel takes at most: the steps under way, or later the tile on its way out.
+
+        A kernel that is flattened needs both at once, the tile being rounded already.
+        """
         operands = self.block_channels + self.block_pixels
         steps = self.stages * operands * self.block_k * shape.element_bytes
         if shape.products == "fp32":
             # The parts that TF32 cuts off.
             steps += operands * self.block_k * 4
-        return max(steps, self.block_channels * self.block_pixels * 4) + _SHARED_EXTRA
+        tile = self.block_channels * self.block_pixels
+        if self.flatten:
+            steps += tile * shape.element_bytes
+        return max(steps, tile * 4) + _SHARED_EXTRA
 
     def refusal(self, shape: ShapeClass, chip: Chip) -> str | None:
         """Why no kernel of this configuration is made for a class on a chip, or ``None``: the one place that says."""
@@ -180,7 +186,7 @@ class Config:
             return "there are from 1 to 8 stages and at least one part"
         if self.accumulators > self._most_accumulators(shape, chip):
             return f"{self.accumulators} sums a thread spill"
-        if shape.layout == "NCHW" and self.block_pixels * self.block_k > self._most_gathered(chip) * 32 * self.warps:
+        if shape.layout == "NCHW" and self._gathers_too_much(shape, chip):
             return "elements gathered one by one spill"
         if chip.family == "sm_80" and shape.products == "fp32" and self.block_k > 16:
             return "both parts of a step's products spill"
@@ -198,13 +204,18 @@ class Config:
     @staticmethod
     def _most_accumulators(shape: ShapeClass, chip: Chip) -> int:
         """As compiled kernels showed: one more doubling spills. Ampere holds operands in registers too."""
+        nchw, fp32 = shape.layout == "NCHW", shape.products == "fp32"
         if chip.family == "sm_80":
-            return 32 if shape.layout == "NCHW" else 64
-        return 64 if shape.layout == "NCHW" or shape.products == "fp32" else 128
+            return 32 if nchw or fp32 else 64
+        if nchw:
+            return 32 if shape.element_bytes == 4 else 64
+        return 64 if fp32 else 128
 
-    @staticmethod
-    def _most_gathered(chip: Chip) -> int:
-        return 16 if chip.family == "sm_80" else 32
+    def _gathers_too_much(self, shape: ShapeClass, chip: Chip) -> bool:
+        """As compiled kernels showed, for channels that no step divides, with a residual."""
+        ampere = chip.family == "sm_80"
+        most = 8 if shape.element_bytes == 4 else 16 if ampere else 32
+        return self.block_pixels * self.block_k > most * 32 * self.warps or (ampere and self.block_k > 32)
 
 
 @dataclass(frozen=True)

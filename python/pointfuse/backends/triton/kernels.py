@@ -31,7 +31,7 @@ _ANY_SIZE = ["batch", "height", "width", "out_height", "out_width"]
 
 @triton.jit(do_not_specialize=_ANY_SIZE, repr=lambda specialization: "pointfuse_conv_bn_act")
 def conv_bn_act(
-    x, weight, bias, mean, var, gamma, beta, residual, y, partials,
+    x, weight, bias, mean, var, gamma, beta, residual, y, partials, parts,
     batch, c_in, height, width, c_out, out_height, out_width,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, residual_n, residual_c, residual_h, residual_w,
     eps, negative_slope,
@@ -43,7 +43,11 @@ def conv_bn_act(
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBE_X: tl.constexpr, DESCRIBE_WEIGHT: tl.constexpr,
     FLATTEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The unit; with ``SPLIT_K`` > 1 partial sums to ``partials``, which :func:`finish_split` adds up."""
+    """The unit; with ``SPLIT_K`` > 1 partial sums to ``partials``, which :func:`finish_split` adds up.
+
+    For training ``parts``, ``[tiles of pixels, 3, c_out]``, takes the statistics of the convolution, a part from each
+    tile: the number of its pixels, their mean and the sum of their squared deviations from it, before any rounding.
+    """
     TAPS: tl.constexpr = TAPS_H * TAPS_W
     channel_tiles = tl.cdiv(c_out, BLOCK_CHANNELS)
     tiles = channel_tiles * _pixel_tiles(batch, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W)
@@ -111,6 +115,10 @@ def conv_bn_act(
                 y_n, y_c, y_h, y_w, residual_n, residual_c, residual_h, residual_w, eps, negative_slope,
                 ACTIVATION, ACT_ADD, INTERPRETED,
             )  # fmt: skip
+            # After the store: before it, what that needs would be held in registers meanwhile, and spill.
+            if parts is not None:
+                counted = _counted(n0, h0, w0, batch, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W)
+                _write_part(total, counted, bias, parts, tile // channel_tiles, channel, c_out)
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE, repr=lambda specialization: "pointfuse_finish_split")
@@ -240,6 +248,38 @@ def _finish(
         z = _round_to_bf16(z)
     pixel = n.to(tl.int64) * y_n + h.to(tl.int64) * y_h + w.to(tl.int64) * y_w
     tl.store(y + pixel[None, :] + (channel.to(tl.int64) * y_c)[:, None], z.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _counted(n0, h0, w0, batch, out_height, out_width, BLOCK_PIXELS, BOX_N, BOX_H, BOX_W):
+    """Which pixels of a tile lie inside the output: of their places in the tile, which take no registers."""
+    i = tl.arange(0, BLOCK_PIXELS)
+    if BOX_N == 0:
+        before = (tl.cast(n0, tl.int64) * out_height + h0) * out_width + w0
+        left = tl.cast(batch, tl.int64) * out_height * out_width - before
+        counted = i < tl.minimum(left, BLOCK_PIXELS).to(tl.int32)
+    else:
+        counted = (i % BOX_W < out_width - w0) & ((i // BOX_W) % BOX_H < out_height - h0)
+        counted = counted & (i // (BOX_H * BOX_W) < batch - n0)
+    return counted
+
+
+@triton.jit
+def _write_part(total, inside, bias, parts, pixel_tile, channel, c_out):
+    """A tile's part of the statistics: of the pixels inside the output alone."""
+    count = tl.sum(inside.to(tl.float32), 0)
+    mean = tl.sum(tl.where(inside[None, :], total, 0.0), 1) / count
+    # What rounding took from a mean far above the deviation.
+    mean += tl.sum(tl.where(inside[None, :], total - mean[:, None], 0.0), 1) / count
+    deviation = tl.where(inside[None, :], total - mean[:, None], 0.0)
+    m2 = tl.sum(deviation * deviation, 1)
+    known = channel < c_out
+    if bias is not None:
+        mean += tl.load(bias + channel, known, other=0.0).to(tl.float32)
+    row = parts + pixel_tile.to(tl.int64) * 3 * c_out + channel
+    tl.store(row, tl.zeros_like(mean) + count, known)
+    tl.store(row + c_out, mean, known)
+    tl.store(row + 2 * c_out, m2, known)
 
 
 @triton.jit

@@ -59,6 +59,7 @@ class Plan:
         plane: what the kernel walks over.
         box: images, rows and columns of a tile's pixels; zeros for consecutive pixels.
         grid: programs of ``conv_bn_act``.
+        pixel_tiles: tiles that the output's pixels take, each with its part of the statistics.
         finish_grid: programs of ``finish_split``; 0 where the sum is not split.
         partials: fp32 numbers that the parts take in memory; 0 where the sum is not split.
         integers: the kernel's arguments that are numbers of the problem, by name, in its order.
@@ -71,6 +72,7 @@ class Plan:
     plane: Plane
     box: Box
     grid: int
+    pixel_tiles: int
     finish_grid: int
     partials: int
     integers: dict[str, int]
@@ -113,6 +115,7 @@ def plan(
     aligned: tuple[bool, ...],
     interpreted: bool = False,
     tile: Config | None = None,
+    whole: bool = False,
 ) -> Plan:
     """The plan of a call.
 
@@ -127,6 +130,7 @@ def plan(
         aligned: whether ``x`` and the weight begin at multiples of 16 bytes.
         interpreted: whether Triton's interpreter runs it.
         tile: a configuration to use instead of the tables'.
+        whole: whether the sum over K may not be split, as where statistics are taken of it.
     """
     stride, padding = calls.stride_and_padding(config)
     shape = shape_class(x, weight, config, y)
@@ -150,7 +154,7 @@ def plan(
 
     pixel_tiles = _pixel_tiles(plane, box, found.block_pixels)
     tiles = _ceil(c_out, found.block_channels) * pixel_tiles
-    parts = min(found.split_k, _ceil(c_in, found.block_k) * shape.taps)
+    parts = 1 if whole else min(found.split_k, _ceil(c_in, found.block_k) * shape.taps)
     found = replace(found, split_k=parts)
     jobs = tiles * parts
     grid = torch.sym_min(jobs, _resident(found, shape, chip)) if describe_x or describe_weight else jobs
@@ -186,6 +190,7 @@ def plan(
         plane=plane,
         box=box,
         grid=grid,
+        pixel_tiles=pixel_tiles,
         finish_grid=tiles * (found.block_channels // _FINISHED_CHANNELS) if parts > 1 else 0,
         partials=jobs * found.block_channels * found.block_pixels if parts > 1 else 0,
         integers=_integers(plane, c_in, c_out),

@@ -282,7 +282,7 @@ class _Bench:
 
     def _plans(self) -> list[tuple[Config, Plan]]:
         """The candidates with their plans; of those whose plans are equal for this problem the first alone."""
-        x, weight = self._x, self._packed
+        x, weight = self._tensors[0], self._tensors[1].contiguous(memory_format=torch.channels_last)
         chip = self._launching.chip_of(self._device)
         found: dict[tuple[Any, ...], tuple[Config, Plan]] = {}
         for tile in candidates(self.shape, chip):
@@ -300,14 +300,11 @@ class _Bench:
             launch.write(self._y, self._tensors, *self._numbers)
             return self._y
 
-        return Contender(tile, run, partial(self._compile, made))
+        return Contender(tile, run, partial(self._compile, launch))
 
-    def _compile(self, made: Plan) -> None:
+    def _compile(self, launch: Any) -> None:
         with _on(self._device):  # which each thread has to say for itself
-            partials = self._launching._partials(made, self._x)
-            tensors = (self._x, self._packed, *self._tensors[2:], self._y, partials)
-            for kernel, grid, arguments, options in self._launching._arguments(made, tensors, *self._numbers):
-                kernel.warmup(*arguments, grid=grid, **options)
+            launch.compile(self._y, self._tensors, *self._numbers)
 
     def _fault(self, contender: Contender) -> str | None:
         """What keeps a configuration from being timed, or ``None``. Raises :class:`GpuLost`."""
@@ -328,14 +325,6 @@ class _Bench:
         # Written so that a NaN is wrong too.
         right = _error(self._y, self._exact) <= self._allowed
         return None if right else f"its error against float64 is above {self._allowed:.1e}"
-
-    @property
-    def _x(self) -> Tensor:
-        return self._tensors[0]
-
-    @property
-    def _packed(self) -> Tensor:
-        return self._tensors[1].contiguous(memory_format=torch.channels_last)
 
 
 def _measure(
