@@ -76,7 +76,7 @@ gpu-check: check-gpu
 	@failed=; \
 	$(PY) -m pytest --quiet $(GPU_TESTS) $(PYTEST_ARGS) || failed="$$failed tests"; \
 	$(MAKE) --no-print-directory sanitize PYTEST_ARGS= || failed="$$failed sanitize"; \
-	$(PY) benchmarks/run.py --device cuda --suite layers,stack,overhead --dtype bf16 --batch 1,8,64 \
+	$(PY) benchmarks/run.py --device cuda --suite layers,stack,training,overhead --dtype bf16 --batch 1,8,64 \
 	  --contenders eager,folded,pointfuse || failed="$$failed benchmark"; \
 	echo "gpu-check: $${failed:+failed:}$${failed:-passed}"; test -z "$$failed"
 

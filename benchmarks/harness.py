@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import CaseResult, Quantiles, Result
 from benchmarks.timing import DTYPES, Method, Output, Prepared, Staged, Timer, first_line
+from benchmarks.training import Step, peak_bytes, saved_bytes
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Case:
     """One model and one input to run it on.
 
     Attributes:
-        suite: "layers", "stack", "network" or "overhead".
+        suite: a name from `SUITES`.
         name: what is run, in words, unique within a suite, batch and dtype.
-        model: in eval mode, on the device and in the dtype to be timed.
-        x: the input, contiguous, on the model's device and in its dtype.
+        model: in eval mode, on the device and in the dtype to be timed; or a training step.
+        x: the input, contiguous, on the model's device and in its dtype; of a training step under autocast in that of
+            autocast, as the layer before gives it.
     """
 
     suite: str
@@ -43,6 +45,11 @@ class Case:
     def dtype(self) -> str:
         return next((name for name, dtype in DTYPES.items() if dtype == self.x.dtype), str(self.x.dtype))
 
+    @property
+    def step(self) -> Step | None:
+        """The model where it is a training step."""
+        return self.model if isinstance(self.model, Step) else None
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -53,12 +60,15 @@ class Contender:
         build: from (model, input) to something that runs; leaves both as they are. Called under `no_grad`.
         devices: the device types it can run on.
         reset: called once before a case's first contender is built, to drop what earlier cases left behind.
+        infers, trains: whether it can run a model in eval mode, and a training step.
     """
 
     name: str
     build: Callable[[nn.Module, Tensor], Prepared]
     devices: tuple[str, ...] = ("cpu", "cuda")
     reset: Callable[[], None] | None = None
+    infers: bool = True
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ def check_case(
 
     The float64 run has the same weights and input, already rounded to the case's dtype, so the error is that of the
     computation alone. Allowed is twice that of the plain model in the case's dtype on the contender's own input, plus
-    1e-6: the memory format decides which of PyTorch's kernels runs, and with it how accurate PyTorch is.
+    1e-6: the memory format decides which of PyTorch's kernels runs, and with it how accurate PyTorch is. Of a training
+    step all gradients are compared as well as the output.
 
     Args:
         on_progress: called with the fraction done after each contender.
@@ -151,6 +162,8 @@ def time_case(
         disturbance=disturbance,
         l2=timer.l2,
         graphs=checked.method.graphs,
+        autocast=None if case.step is None else case.step.autocast is not None,
+        inplace=None if case.step is None else case.step.inplace,
     )
 
 
@@ -188,11 +201,22 @@ def _check(contender: Contender, case: Case, method: Method, truth: Sequence[Ten
         if case.x.is_cuda:
             # An error of a kernel shows at the next wait: here it is known whose it is.
             torch.cuda.synchronize(case.x.device)
+        saved, peak = _memory(prepared)
     except Exception as error:
         # A contender is other people's code as well as ours: whatever stops it is a result, not the run's end.
         return Result(contender.name, "failed", first_line(error)), None
     verdict = _compare(contender.name, outputs, _outputs(case.model(prepared.x)), truth)
-    return verdict, staged if verdict.status == "ok" else None
+    if verdict.status != "ok":
+        return verdict, None
+    return replace(verdict, saved_bytes=saved, peak_bytes=peak), staged
+
+
+def _memory(prepared: Prepared) -> tuple[int | None, int | None]:
+    """What a training step saves, and its peak; nothing for others."""
+    if not isinstance(prepared.run, Step):
+        return None, None
+    with prepared.context():
+        return saved_bytes(prepared.run, prepared.x), peak_bytes(prepared.run, prepared.x)
 
 
 def _compare(name: str, outputs: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor]) -> Result:

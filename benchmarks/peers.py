@@ -1,8 +1,8 @@
-"""The contenders: each a function from an eval model and an input to something that runs.
+"""The contenders: each a function from an eval model, or a training step, and an input to something that runs.
 
 Those that prefer channels_last get the model and the input in it, in a copy of their own. To add one, write its
-function under `@peer`; it shows in every suite, in the order of this file. On a GPU all of them may run as CUDA graphs,
-captured by the harness: none brings graphs of its own.
+function under `@peer`; it shows in every suite of inference, or of training, or both, in the order of this file. On a
+GPU all of them may run as CUDA graphs, captured by the harness: none brings graphs of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Contender
 from benchmarks.timing import Prepared
+from benchmarks.training import Step
 
 EAGER_NCHW = "eager NCHW"
 EAGER_CHANNELS_LAST = "eager channels_last"
@@ -30,6 +31,7 @@ COMPILED_FREEZING = "torch.compile freezing"
 COMPILED_AUTOTUNED = "torch.compile max-autotune"
 CUDNN_GRAPH = "cuDNN graph"
 CONVERTED = "pointfuse converted"
+RECOMPUTING = "pointfuse recompute"
 FROZEN = "pointfuse frozen"
 CUDA_LIVE = "pointfuse cuda live"
 CUDA_FROZEN = "pointfuse cuda"
@@ -37,6 +39,7 @@ TRITON_LIVE = "pointfuse triton live"
 TRITON_FROZEN = "pointfuse triton"
 
 BASELINES = (EAGER_CHANNELS_LAST, COMPILED_FREEZING)
+TRAINING_BASELINES = (EAGER_CHANNELS_LAST, COMPILED)
 
 PEERS: dict[str, Contender] = {}
 
@@ -44,12 +47,17 @@ Build = Callable[[nn.Module, Tensor], Prepared]
 
 
 def peer(
-    name: str, *, devices: tuple[str, ...] = ("cpu", "cuda"), reset: Callable[[], None] | None = None
+    name: str,
+    *,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    reset: Callable[[], None] | None = None,
+    infers: bool = True,
+    trains: bool = False,
 ) -> Callable[[Build], Build]:
     """Register the function below as the contender `name`."""
 
     def register(build: Build) -> Build:
-        PEERS[name] = Contender(name, build, devices, reset)
+        PEERS[name] = Contender(name, build, devices, reset, infers, trains)
         return build
 
     return register
@@ -60,12 +68,12 @@ def _reset_dynamo() -> None:
     torch._dynamo.reset()
 
 
-@peer(EAGER_NCHW)
+@peer(EAGER_NCHW, trains=True)
 def eager_nchw(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(model, x)
 
 
-@peer(EAGER_CHANNELS_LAST)
+@peer(EAGER_CHANNELS_LAST, trains=True)
 def eager_channels_last(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(*_channels_last(model, x))
 
@@ -78,10 +86,10 @@ def folded(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(model, x)
 
 
-@peer(COMPILED, reset=_reset_dynamo)
+@peer(COMPILED, reset=_reset_dynamo, trains=True)
 def compiled(model: nn.Module, x: Tensor) -> Prepared:
     model, x = _channels_last(model, x)
-    run = torch.compile(model, dynamic=False)
+    run = _compiled(model, {})
     run(x)
     return Prepared(run, x)
 
@@ -91,14 +99,21 @@ def compiled_freezing(model: nn.Module, x: Tensor) -> Prepared:
     return _compiled_frozen(model, x, {})
 
 
-@peer(COMPILED_AUTOTUNED, devices=("cuda",), reset=_reset_dynamo)
+@peer(COMPILED_AUTOTUNED, devices=("cuda",), reset=_reset_dynamo, trains=True)
 def compiled_autotuned(model: nn.Module, x: Tensor) -> Prepared:
-    """The mode "max-autotune", with freezing, and without its own CUDA graphs, since all contenders get the same."""
+    """The mode "max-autotune", with freezing at inference, and without its own CUDA graphs, since all contenders get
+    the same."""
     import torch._inductor.select_algorithm as select_algorithm
 
     # It prints a table of candidates for each layer.
     select_algorithm.PRINT_AUTOTUNE = False
-    return _compiled_frozen(model, x, torch._inductor.list_mode_options("max-autotune-no-cudagraphs"))
+    options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    if not isinstance(model, Step):
+        return _compiled_frozen(model, x, options)
+    model, x = _channels_last(model, x)
+    run = _compiled(model, options)
+    run(x)
+    return Prepared(run, x)
 
 
 @peer(CUDNN_GRAPH, devices=("cuda",))
@@ -111,9 +126,15 @@ def cudnn_graph(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(model, x)
 
 
-@peer(CONVERTED)
+@peer(CONVERTED, trains=True)
 def converted(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(*_converted(model, x))
+
+
+@peer(RECOMPUTING, infers=False, trains=True)
+def recomputing(model: nn.Module, x: Tensor) -> Prepared:
+    """Converted so that units keep their input alone, and convolve again in the backward."""
+    return Prepared(*_converted(model, x, recompute=True))
 
 
 @peer(FROZEN)
@@ -121,9 +142,10 @@ def frozen(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(*_frozen(model, x))
 
 
-@peer(CUDA_LIVE, devices=("cuda",))
+@peer(CUDA_LIVE, devices=("cuda",), trains=True)
 def cuda_live(model: nn.Module, x: Tensor) -> Prepared:
-    """The CUDA C++ kernels with batch norm read on every call. Convolutions outside units stay PyTorch's."""
+    """The CUDA C++ kernels with batch norm read on every call. Convolutions outside units, and those of gradients, stay
+    PyTorch's."""
     return _live_alone("cuda", model, x)
 
 
@@ -133,9 +155,10 @@ def cuda_frozen(model: nn.Module, x: Tensor) -> Prepared:
     return _frozen_alone("cuda", model, x)
 
 
-@peer(TRITON_LIVE, devices=("cuda",))
+@peer(TRITON_LIVE, devices=("cuda",), trains=True)
 def triton_live(model: nn.Module, x: Tensor) -> Prepared:
-    """The Triton kernels with batch norm read on every call. Convolutions outside units stay PyTorch's."""
+    """The Triton kernels with batch norm read on every call. Convolutions outside units, and those of gradients, stay
+    PyTorch's."""
     return _live_alone("triton", model, x)
 
 
@@ -148,7 +171,7 @@ def triton_frozen(model: nn.Module, x: Tensor) -> Prepared:
 def refuse_convolutions(model: nn.Module, x: Tensor, allowed: int) -> None:
     """Run `model`, and raise `RuntimeError` if more than `allowed` of PyTorch's own convolutions ran in it.
 
-    What is timed under a kernel's name must be that kernel.
+    What is timed under a kernel's name must be that kernel. Gradients of convolutions do not count.
     """
     with _Convolutions() as seen:
         model(x)
@@ -157,7 +180,7 @@ def refuse_convolutions(model: nn.Module, x: Tensor, allowed: int) -> None:
 
 
 class _Convolutions(TorchDispatchMode):
-    """Keeps the names of the convolution operators that are called in its block, other than pointfuse's."""
+    """Keeps the names of the forward convolution operators that are called in its block, other than pointfuse's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,9 +188,18 @@ class _Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        if "convolution" in name and not name.startswith("pointfuse::"):
+        if "convolution" in name and "backward" not in name and not name.startswith("pointfuse::"):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def _compiled(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """The model compiled; of a training step the model in it, and with it its backward. May change `model`."""
+    if isinstance(model, Step):
+        model.model = _compiled(model.model, options)
+        return model
+    # mypy knows what becomes of a function only.
+    return cast(nn.Module, torch.compile(model, dynamic=False, options=options))
 
 
 def _compiled_frozen(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Prepared:
@@ -182,14 +214,14 @@ def _compiled_frozen(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Pr
     return Prepared(run, x)
 
 
-def _converted(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+def _converted(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, Tensor]:
     import pointfuse
 
     model, x = _channels_last(model, x)
     with warnings.catch_warnings():
         # The heads' last convolutions are timed alone too, and have nothing behind them to fuse.
         warnings.filterwarnings("ignore", "pointfuse.convert found no unit", UserWarning)
-        return pointfuse.convert(model), x
+        return pointfuse.convert(model, **options), x
 
 
 def _frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:

@@ -45,6 +45,9 @@ class Result:
         ms: latency quantiles, only where it is "ok".
         rounds: how many timings those are from.
         speedup: for each baseline that was timed, the baseline's median over this contender's.
+        saved_bytes: of a training step, what its forward keeps for the backward: each memory once, the input with it,
+            parameters and buffers not.
+        peak_bytes: of a training step, the most memory it took beyond what was taken before it; None on a CPU.
     """
 
     contender: str
@@ -55,6 +58,8 @@ class Result:
     ms: Quantiles | None = None
     rounds: int = 0
     speedup: Mapping[str, float] = field(default_factory=dict)
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
 
     @property
     def error(self) -> float | None:
@@ -74,7 +79,10 @@ class CaseResult:
         l2: "cold" or "warm", what the GPU's L2 cache held before each timing; None where it is not controlled.
         graphs: whether contenders ran as captured CUDA graphs; None on a device that has none.
         flops, bytes: of the convolutions, each tensor read or written once; None where no ceilings were measured.
-        floor_us: the least time that these take at the ceilings measured in the same run, in microseconds.
+        floor_us: the least time that these take at the ceilings measured in the same run, in microseconds; None for
+            training steps too.
+        autocast: whether a training step ran its forward under autocast, with parameters in fp32; None at inference.
+        inplace: whether a training step's activations write over their input; None at inference.
     """
 
     suite: str
@@ -90,11 +98,14 @@ class CaseResult:
     flops: int | None = None
     bytes: int | None = None
     floor_us: float | None = None
+    autocast: bool | None = None
+    inplace: bool | None = None
 
     @property
     def title(self) -> str:
         title = f"{self.suite}: {self.name}, batch {self.batch}, {self.dtype}"
-        ways = [f"{self.l2} L2"] if self.l2 else []
+        ways = ["autocast"] if self.autocast else []
+        ways += [f"{self.l2} L2"] if self.l2 else []
         if self.graphs is not None:
             ways.append("CUDA graphs" if self.graphs else "no CUDA graphs")
         return ", ".join([title, *ways])

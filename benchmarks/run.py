@@ -1,7 +1,8 @@
 """Command line of the benchmarks: `python benchmarks/run.py --suite stack --head 13 --batch 1,8 --dtype fp32,bf16`.
 
 On a GPU contenders run as CUDA graphs, with the L2 cache cold and warm, and are compared with the floor: what they must
-do, at the ceilings measured in the same run.
+do, at the ceilings measured in the same run. Training steps, in half precision under autocast, have no floor, and
+run as graphs only with `--graphs on`: without, a short step takes as long as the host takes to launch it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.cases import OVERHEAD, SUITES, Variant
+from benchmarks.cases import OVERHEAD, SUITES, TRAINING, Variant
 from benchmarks.harness import Contender, Limits
 from benchmarks.models.yolov3 import HEADS
-from benchmarks.peers import BASELINES, PEERS
+from benchmarks.peers import BASELINES, PEERS, TRAINING_BASELINES
 from benchmarks.record import CaseResult, device_name, report, result_path, write_json
 from benchmarks.roofline import measure_ceilings
 from benchmarks.runner import Job, run_jobs
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch": options.batch,
         "limits": asdict(options.limits),
         "graphs": options.graphs,
+        "graphs_of_steps": options.graphs_of_steps,
         "l2": options.l2,
     }
     path = result_path(options.output, options.device)
@@ -79,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def keep(result: CaseResult) -> None:
         done.append(result)
-        console.print(case_table(result, BASELINES))
+        console.print(case_table(result, TRAINING_BASELINES if result.suite == TRAINING else BASELINES))
         save(complete=False)
 
-    complete = run_jobs(_jobs(options), BASELINES, console, keep, ceilings=ceilings)
+    baselines = tuple(dict.fromkeys((*BASELINES, *TRAINING_BASELINES)))
+    complete = run_jobs(_jobs(options), baselines, console, keep, ceilings=ceilings)
     save(complete)
-    if on_gpu:
-        print_summary(done, console)
+    print_summary([case for case in done if on_gpu or case.suite == TRAINING], console)
     outcome = "saved" if complete else "interrupted; what was measured is in"
     console.print(f"{outcome} {path}", soft_wrap=True, markup=False)
     if not complete:
@@ -102,7 +104,7 @@ def _without_output(arguments: Sequence[str]) -> list[str]:
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
     return [
-        Job(pending, options.contenders, _method(suite, options), options.limits)
+        Job(pending, _contenders_of(suite, options.contenders), _method(suite, options), options.limits)
         for suite, dtype in itertools.product(options.suite, options.dtype)
         # What a call costs the host does not depend on the batch.
         for batch in (options.batch if suite != OVERHEAD else options.batch[:1])
@@ -110,10 +112,15 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
+def _contenders_of(suite: str, contenders: Iterable[Contender]) -> tuple[Contender, ...]:
+    return tuple(c for c in contenders if (c.trains if suite == TRAINING else c.infers))
+
+
 def _method(suite: str, options: argparse.Namespace) -> Method:
     if suite == OVERHEAD:
         return overhead_method(options.device)
-    return method_for(options.device, options.l2 or (), bool(options.graphs))
+    graphs = options.graphs_of_steps if suite == TRAINING else bool(options.graphs)
+    return method_for(options.device, options.l2 or (), graphs)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -130,7 +137,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", type=dtypes, default=("fp32",), help=f"of {', '.join(DTYPES)} (default fp32)")
     add("--head", type=_heads, default=tuple(HEADS), help=f"of {', '.join(map(str, HEADS))} (default all)")
     add("--contenders", type=_contenders, default=tuple(PEERS.values()), help=f"of {', '.join(PEERS)} (default all)")
-    add("--graphs", choices=("on", "off"), help="CUDA graphs for every contender (default on; a GPU only)")
+    add("--graphs", choices=("on", "off"), help="CUDA graphs (default on, of training off; a GPU only)")
     add("--l2", type=states, help=f"L2 cache before a timing, of {', '.join(L2_STATES)} (default both; a GPU only)")
     add("--rounds", type=_positive_int, help=f"at most so many rounds a case (default {DEFAULT_LIMITS.rounds})")
     add("--seconds", type=_positive_seconds, help=f"of timing a case (default {DEFAULT_LIMITS.seconds:g})")
@@ -154,6 +161,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _settle_for_device(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Give the options that depend on the device their defaults, and drop the contenders that cannot run on it."""
     kind = options.device.type
+    options.graphs_of_steps = options.graphs == "on"
     if kind == "cuda":
         options.graphs = options.graphs != "off"
         options.l2 = options.l2 or L2_STATES
@@ -166,6 +174,9 @@ def _settle_for_device(options: argparse.Namespace, parser: argparse.ArgumentPar
     options.contenders = tuple(contender for contender in options.contenders if kind in contender.devices)
     if not options.contenders:
         parser.error(f"argument --contenders: none of them runs on {kind}")
+    for suite in options.suite:
+        if not _contenders_of(suite, options.contenders):
+            parser.error(f"argument --contenders: none of them is for the suite {suite}")
 
 
 def _names(text: str, accepted: Iterable[str]) -> tuple[str, ...]:

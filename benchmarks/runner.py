@@ -40,7 +40,8 @@ def run_jobs(
         on_result: called with the result of each case and timer, the last one perhaps of a timing that Ctrl-C cut
             short.
         on_checked: called between a case's check and its timing.
-        ceilings: those of the device; with them results have a floor, but for those of the host's time.
+        ceilings: those of the device; with them results have a floor, but for those of the host's time and of training
+            steps.
 
     Returns:
         Whether all of it was run; False after Ctrl-C.
@@ -60,7 +61,7 @@ def run_jobs(
                 for turn, timer in enumerate(job.method.timers):
                     done = part(index + 0.5 + turn * share, share)
                     result = time_case(checked, baselines, job.limits, timer, done)
-                    if ceilings is not None and timer.l2 is not None:
+                    if ceilings is not None and timer.l2 is not None and checked.case.step is None:
                         result = _with_floor(result, checked.case, ceilings)
                     on_result(result)
                     if not result.complete:

@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels reached, for the cases of one run or of several files of results together.
+"""What the kernels reached, for the cases of one run or of several files of results together.
 
 python benchmarks/summary.py benchmarks/results/DEVICE/*.json
 """
@@ -15,15 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from benchmarks.cases import TRAINING
 from benchmarks.record import CaseResult, read_cases
 from benchmarks.tables import summary_table, targets_table, wide_console
-from benchmarks.targets import targets
+from benchmarks.targets import targets, training_targets
 
 
 def print_summary(cases: Sequence[CaseResult], console: Console) -> None:
-    """A row for each case, and the targets."""
-    console.print(summary_table(cases))
-    console.print(targets_table(targets(cases)))
+    """A row for each case of inference, and its targets; then those of training, where there are steps."""
+    inference = [case for case in cases if case.suite != TRAINING]
+    if inference:
+        console.print(summary_table(inference))
+        console.print(targets_table(targets(inference)))
+    if len(inference) < len(cases):
+        console.print(targets_table(training_targets(cases)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with a message if a file cannot be read.
     """
     parser = argparse.ArgumentParser(
-        prog="benchmarks/summary.py", description="What the CUDA C++ kernels reached, from files of results."
+        prog="benchmarks/summary.py", description="What the kernels reached, from files of results."
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="JSON", help="written by benchmarks/run.py")
     files = parser.parse_args(argv).files

@@ -19,6 +19,8 @@ from benchmarks.targets import Target, best_other, microseconds, speedup, times_
 DISTURBED = 0.05
 LOG_WIDTH = 120
 
+_MEMORY = {"saved_bytes": "saved MB", "peak_bytes": "peak MB"}
+
 
 def wide_console() -> Console:
     """A console that gives tables room where the output is no terminal, as in a log."""
@@ -42,13 +44,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
-    """One row for each contender: latency quantiles, over the floor, over each baseline, error; reasons below.
+    """One row for each contender: latency quantiles, over the floor, over each baseline, error, of a training step the
+    memory that it keeps for the backward and its peak; reasons below.
 
     Latencies are in microseconds where all medians are below a millisecond.
     """
     medians = [result.ms.p50 for result in case.results if result.ms is not None]
     unit = "us" if medians and max(medians) < 1 else "ms"
     columns = [f"20% {unit}", f"median {unit}", f"80% {unit}", *(f"x {b}" for b in baselines), "error"]
+    memory = [attribute for attribute in _MEMORY if any(getattr(result, attribute) for result in case.results)]
+    columns += [_MEMORY[attribute] for attribute in memory]
     if case.floor_us is not None:
         columns.insert(3, "x floor")
     table = plain_table(case.title, "contender", *columns)
@@ -56,7 +61,8 @@ def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
         cells = timing_cells(result, baselines, unit)
         if case.floor_us is not None:
             cells.insert(4, "-" if result.ms is None else f"{result.ms.p50 * 1e3 / case.floor_us:.2f}")
-        table.add_row(*cells, "-" if result.error is None else f"{result.error:.1e}")
+        cells.append("-" if result.error is None else f"{result.error:.1e}")
+        table.add_row(*cells, *(_megabytes(getattr(result, attribute)) for attribute in memory))
     floor = [] if case.floor_us is None else [f"floor: {case.floor_us:.1f} us at the ceilings measured in this run"]
     add_notes(table, [*floor, *reasons(case.results), *disturbances([case])])
     return table
@@ -133,3 +139,7 @@ def timing_cells(result: Result, baselines: Sequence[str], unit: str = "ms") -> 
         *(f"{figure:.{2 if figure < 1000 else 0}f}" for figure in figures),
         *(f"{result.speedup[name]:.2f}" if name in result.speedup else "-" for name in baselines),
     ]
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f}"

@@ -1,15 +1,27 @@
-"""What the kernels are held to on an H100, in bf16 as CUDA graphs, and whether results meet it."""
+"""What the kernels are held to on an H100, in bf16 as CUDA graphs, what training is, and whether results meet it."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.cases import OVERHEAD
-from benchmarks.peers import COMPILED_AUTOTUNED, CUDA_FROZEN, TRITON_FROZEN
+from benchmarks.cases import OVERHEAD, TRAINING
+from benchmarks.peers import (
+    COMPILED,
+    COMPILED_AUTOTUNED,
+    CONVERTED,
+    CUDA_FROZEN,
+    CUDA_LIVE,
+    EAGER_CHANNELS_LAST,
+    EAGER_NCHW,
+    RECOMPUTING,
+    TRITON_FROZEN,
+)
 from benchmarks.record import CaseResult, Result
+from benchmarks.timing import DTYPES
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,36 @@ def targets(cases: Iterable[CaseResult]) -> list[Target]:
     ]  # fmt: skip
 
 
+def training_targets(cases: Iterable[CaseResult]) -> list[Target]:
+    """Every target of training steps, with what the complete cases say of it; of cases measured twice the last counts.
+
+    On a GPU they are the CUDA C++ kernels', in bf16 under autocast, as graphs or not; on a CPU the converted model's,
+    in every dtype. What is saved is told by fp32 alone: autocast's copies of the weights are saved by all alike.
+    """
+    steps = {(c.name, c.batch, c.dtype, c.l2): c for c in cases if c.suite == TRAINING and c.complete}
+    on_cpu = [case for case in steps.values() if case.l2 is None]
+    large = [c for c in steps.values() if c.l2 == "cold" and c.dtype == "bf16" and c.autocast and c.batch == 64]
+    units = _took_part((case for case in large if " 1x1 " in case.name), CUDA_LIVE)
+    stack = _took_part((case for case in large if case.name == "13x13 stack"), CUDA_LIVE)
+    kept = [c for c in steps.values() if c.dtype == "fp32" and c.batch >= 8 and c.name.endswith(" stack")]
+    over_eager = partial(_over, other=EAGER_CHANNELS_LAST, contender=CUDA_LIVE)
+    over_compiled = partial(_over, other=COMPILED, contender=CUDA_LIVE)
+    return [
+        _at_least("training, 1x1 units, batch 64, cold: eager's time over ours", 1.6, units, over_eager),
+        _at_least("training, 1x1 units, batch 64, cold: torch.compile's time over ours", 1.15, units, over_compiled),
+        _at_least("training, 13x13 stack, batch 64, cold: eager's time over ours", 1.25, stack, over_eager),
+        _at_most("training, fp32 stacks from batch 8: saved over eager's", 0.67, "", kept, _saved_over_eager),
+        _at_most(
+            "training, fp32 stacks from batch 8, recomputing: saved over eager's", 0.34, "",
+            _took_part(kept, RECOMPUTING),
+            partial(_saved_over_eager, contender=RECOMPUTING),
+        ),
+        _at_least(
+            "training on a CPU: the faster eager's time over ours", 0.97, _took_part(on_cpu, CONVERTED), _over_any_eager
+        ),
+    ]  # fmt: skip
+
+
 def microseconds(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
     """A contender's median; None where it did not run."""
     return _median_us(case.result(contender))
@@ -93,6 +135,26 @@ def _over(case: CaseResult, other: str, contender: str) -> float | None:
     """Another contender's median over ours; None where either is missing."""
     ours, others = microseconds(case, contender), microseconds(case, other)
     return None if ours is None or others is None else others / ours
+
+
+def _over_any_eager(case: CaseResult) -> float | None:
+    """The faster eager's median over the converted model's; None where one is missing."""
+    ratios = [_over(case, eager, CONVERTED) for eager in (EAGER_NCHW, EAGER_CHANNELS_LAST)]
+    found = [ratio for ratio in ratios if ratio is not None]
+    return min(found) if len(found) == len(ratios) else None
+
+
+def _saved_over_eager(case: CaseResult, contender: str | None = None) -> float | None:
+    """What a step saves beyond its input, which belongs to the layer before, over what eager saves.
+
+    Without a contender it is that of the CUDA kernels where they were asked for, else the converted model's.
+    """
+    ours = case.result(contender) if contender else case.result(CUDA_LIVE) or case.result(CONVERTED)
+    eager = case.result(EAGER_CHANNELS_LAST)
+    if ours is None or eager is None or ours.saved_bytes is None or eager.saved_bytes is None:
+        return None
+    given = math.prod(case.input_shape) * DTYPES[case.dtype].itemsize
+    return (ours.saved_bytes - given) / (eager.saved_bytes - given)
 
 
 def _pointwise(cases: Sequence[CaseResult], batch: int) -> list[CaseResult]:
@@ -156,6 +218,10 @@ def _figures(
     cases: Sequence[CaseResult], figure: Callable[[CaseResult], float | None]
 ) -> tuple[dict[str, float], list[str]]:
     """The figure of each case that has one, by the case's name; and the names of the others."""
-    named = {f"{case.name}, batch {case.batch}": figure(case) for case in cases}
+    named = {_title(case): figure(case) for case in cases}
     figures = {name: value for name, value in named.items() if value is not None}
     return figures, [name for name in named if name not in figures]
+
+
+def _title(case: CaseResult) -> str:
+    return f"{case.name}, batch {case.batch}{'' if case.dtype == 'bf16' else f', {case.dtype}'}"

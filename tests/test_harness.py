@@ -360,7 +360,7 @@ def test_every_case_is_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "layer"], "--suite: 'layer' is not among the accepted: layers, stack, network, overhead"),
+        (["--suite", "layer"], "'layer' is not among the accepted: layers, stack, network, training, overhead"),
         (["--dtype", "fp32,fp8"], "--dtype: 'fp8' is not among the accepted: fp32, bf16, fp16"),
         (["--head", "13,14"], "--head: '14' is not among the accepted: 13, 26, 52"),
         (["--batch", "1,0"], "--batch: '0' is not a whole number of at least 1"),
@@ -401,6 +401,7 @@ def test_the_layer_suite_has_each_shape_once() -> None:
         "layers": 11,
         "stack": 3,
         "network": 1,
+        "training": 11,
         "overhead": 1,
     }
     names = [pending.build().name for pending in SUITES["layers"]((52,), variant)]
