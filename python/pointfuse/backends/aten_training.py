@@ -31,7 +31,7 @@ _ops = torch.ops.aten
 # a thread take, forward and backward.
 MIN_MACS_PER_THREAD = 1 << 28
 # In half precision the pass that makes the pre-activation again must be hidden by more arithmetic.
-MIN_MACS_PER_OUTPUT_IN_HALF = 1024
+MIN_MACS_PER_OUTPUT_IN_HALF = 4096
 # Elements that the passes over a piece keep in cache, two megabytes in fp32.
 _PIECE = 1 << 19
 _PER_CHANNEL = (0, 2, 3)
