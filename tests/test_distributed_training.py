@@ -178,7 +178,7 @@ Results = dict[str, list[dict[str, Tensor]]]
 
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    aten_training.MIN_MACS_PER_THREAD = 0
+    aten_training.MIN_MACS_PER_THREAD = aten_training.MIN_MACS_PER_OUTPUT = 0
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=60))
     try:

@@ -340,8 +340,14 @@ def test_recomputing_gives_the_same_bit_for_bit() -> None:
 def test_a_unit_too_small_to_gain_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     macs = 2 * 16 * 16 * 8 * 6
     monkeypatch.setattr(aten_training, "MIN_MACS_PER_THREAD", macs // torch.get_num_threads())
-    for dtype, served in ((torch.float32, True), (torch.bfloat16, False)):
-        monkeypatch.setattr(aten_training, "MIN_MACS_PER_OUTPUT_IN_HALF", 9)
+    for dtype, least, served in (
+        (torch.float32, (8, 9), True),
+        (torch.bfloat16, (8, 9), False),
+        (torch.float32, (9, 8), False),
+        (torch.bfloat16, (9, 8), True),
+    ):
+        monkeypatch.setattr(aten_training, "MIN_MACS_PER_OUTPUT", least[0])
+        monkeypatch.setattr(aten_training, "MIN_MACS_PER_OUTPUT_IN_HALF", least[1])
         model = pointfuse.convert(unit().to(dtype))
         assert served_by(model(torch.randn(2, 8, 16, 16).to(dtype))) == served
         assert not served_by(model(torch.randn(2, 8, 16, 15).to(dtype)))
