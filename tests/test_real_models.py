@@ -89,8 +89,8 @@ def test_a_torchvision_model_converts_and_reverts(
     assert list(converted.state_dict()) == list(model.state_dict())
     with torch.no_grad():
         assert gap(converted.eval()(x), model.eval()(x)) <= 1e-5
-    # With two values a channel in the last planes, batch norm after batch norm amplifies the last digit.
-    assert_trains_like(converted, model, x, tolerance=1e-5)
+    # With two values a channel in the last planes, batch norm after batch norm would amplify the last digit 1e10 times.
+    assert_trains_like(converted, model, images(8, 3, size, size), tolerance=1e-7)
     assert [type(m) for m in pointfuse.revert(converted).modules()] == [type(m) for m in model.modules()]
 
 
