@@ -15,7 +15,7 @@ import torch
 from pointfuse import reference, training
 from pointfuse.backends import FallbackWarning, aten_training
 from pointfuse.functional import conv_bn_act
-from pointfuse.problem import ACTIVATIONS, RESIDUAL_ORDERS, Refused
+from pointfuse.problem import ACTIVATIONS, IDENTITY, RESIDUAL_ORDERS, BatchNorm, Geometry, Refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -547,3 +547,19 @@ def test_gradients_by_steps_are_only_those_asked_for(other_backend: SimpleNamesp
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad)
     assert "gradients" not in other_backend.calls
+
+
+def test_statistics_of_all_processes_are_not_made_again_from_this_ones_parts(
+    other_backend: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean, rstd = torch.full((6,), 2.0), torch.full((6,), 3.0)
+    given = []
+    monkeypatch.setattr(training, "_joint_statistics", lambda parts, bn, group: (mean, rstd, torch.ones(6)))
+    monkeypatch.setattr(other_backend, "normalise", lambda *args: given.append(args) or (args[0], mean, rstd))
+    bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
+    training.conv_bn_act(
+        torch.randn(2, 8, 3, 3), torch.randn(6, 8, 1, 1), None, bn, IDENTITY, Geometry(), group=object()
+    )
+    ((_, parts, *statistics),) = (args[:4] for args in given)
+    assert parts is None
+    assert all(map(torch.equal, statistics, (mean, rstd)))

@@ -1,7 +1,8 @@
 """Which calls the kernels of this package serve, and a call's arguments as their operators take them.
 
-The kernels are for inference on NVIDIA GPUs, in whichever language they are written: their backends serve the same
-calls, for the same reasons, with the same eleven arguments. What stands here knows of neither.
+The kernels are for NVIDIA GPUs, in whichever language they are written: their backends serve the same calls, for the
+same reasons, with the same eleven arguments. Those are of units without gradients; the convolution of one with
+gradients (``cuda_training.py``, ``triton/training.py``) passes the same checks. What stands here knows of neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """The CUDA C++ backend: the whole unit as one kernel, for inference on GPUs of compute capability 8.0 and later.
+Units with gradients are served by ``cuda_training.py``.
 
 Scale and shift come from the live tensors inside the kernel, so nothing is ever stale. The library ``_cuda.so`` beside
 this package is loaded on the first question whether it can run; importing pointfuse does not touch it.

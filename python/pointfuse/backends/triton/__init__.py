@@ -1,5 +1,6 @@
 """The Triton backend: the whole unit as one kernel, or two where the sum is split, for inference on NVIDIA GPUs of
-compute capability 8.0 and later. It needs Triton, which comes with torch's CUDA builds, and no compiler.
+compute capability 8.0 and later. It needs Triton, which comes with torch's CUDA builds, and no compiler. Units with
+gradients are served by ``training.py``.
 
 Scale and shift come from the live tensors inside the kernel, so nothing is ever stale. Importing this module imports no
 Triton: that happens on the first question whether it can run.
