@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Its models are test subjects. Installed without its dependencies, so that it cannot replace torch.
+# Their models are test subjects. Installed without their dependencies, so that they cannot replace torch.
 TORCHVISION ?= torchvision==0.28.0
+TIMM ?= timm==1.0.31
 # CuTe's headers, for building the CUDA kernels. Its dependencies are those of its Python tools.
 CUTLASS ?= nvidia-cutlass==4.2.*
 COMPUTE_SANITIZER ?= compute-sanitizer
@@ -119,5 +120,5 @@ $(VENV)/.ready: pyproject.toml | check-python
 	$(PY) -m pip install --quiet $(TORCH)
 	# The kernels are built by `make build`, which shows its progress.
 	POINTFUSE_BUILD_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[bench,dev]'
-	$(PY) -m pip install --quiet --no-deps $(TORCHVISION) '$(CUTLASS)'
+	$(PY) -m pip install --quiet --no-deps $(TORCHVISION) $(TIMM) '$(CUTLASS)'
 	touch $@
