@@ -21,9 +21,10 @@ class FoldedConv2d(nn.Module):
     """A convolution for inference alone, with the batch norm behind it folded in.
 
     It stands at the convolution's path, and the batch norm's place is held by :class:`FoldedBatchNorm2d`, so calling
-    one after the other gives what it gave. On the CPU the weight is packed for oneDNN at the first call, for that
-    call's input shape, and the plain weight is dropped; ``state_dict``, ``deepcopy``, pickling and ``.to()`` see it
-    plain.
+    one after the other gives what it gave. ``scale`` is a factor of the model's forward that is folded in too: ``run``
+    has it applied, and a plain call, which the model multiplies itself, has not. On the CPU the weight is packed for
+    oneDNN at the first call, for that call's input shape, and the plain weight is dropped; ``state_dict``,
+    ``deepcopy``, pickling and ``.to()`` see it plain.
     """
 
     folded_weight: Tensor
@@ -37,9 +38,11 @@ class FoldedConv2d(nn.Module):
         has_bn: bool,
         packable: bool = True,
         channels_last: bool = True,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.has_bn = has_bn
+        self.scale = scale
         self.packable = packable
         self.channels_last = channels_last
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
@@ -60,7 +63,8 @@ class FoldedConv2d(nn.Module):
         return self.dense_weight() if name == "weight" else self.folded_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, IDENTITY)
+        y = self.run(x, IDENTITY)
+        return y if self.scale == 1 else y / self.scale
 
     def run(
         self,
@@ -179,8 +183,27 @@ class FoldedConv2d(nn.Module):
 
 
 class FoldedBatchNorm2d(nn.Identity):
-    """Holds the place of a batch norm that ``freeze`` folded into the convolution before it; passes its input on."""
+    """Holds the place of a batch norm that ``freeze`` folded into the convolution before it; passes its input on.
 
-    def __init__(self) -> None:
+    Of a batch norm that applies an activation too, it has the children and applies it: the one at the path ``act``, or
+    ``activation``.
+    """
+
+    def __init__(self, bn: nn.Module | None = None, act: str | None = None, activation: Activation = IDENTITY) -> None:
         super().__init__()
         self.training = False
+        self.act_path, self.activation = act, activation
+        if bn is not None:
+            self._modules.update(bn._modules)
+
+    def inner(self) -> nn.Module | Activation | None:
+        """The activation that calling this applies."""
+        if self.act_path is not None:
+            return self.get_submodule(self.act_path)
+        return None if self.activation == IDENTITY else self.activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        inner = self.inner()
+        if isinstance(inner, nn.Module):
+            return inner(input)
+        return input if inner is None else aten.activate(input, inner, inplace=inner.inplace)

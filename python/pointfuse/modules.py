@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,26 @@ _ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.SiLU: lambda m: Activation("silu", inplace=m.inplace),
     nn.Identity: lambda m: IDENTITY,
 }
+
+
+class UnitForm(NamedTuple):
+    """How a model's forward puts a unit together, as far as its modules do not say.
+
+    Attributes:
+        residual_order: where the residual goes: ``"add_act"`` or ``"act_add"``.
+        residual_inplace: the model adds the residual in place, whose result has the dtype and shape of the unit's.
+        norm_acts: of a batch norm with a forward of its own, proven to be its class's batch norm and at most an
+            activation: whether calling it applies ``act``. ``None`` for any other.
+        scale: the model multiplies the convolution's result by it, before batch norm and residual.
+    """
+
+    residual_order: str = "add_act"
+    residual_inplace: bool = False
+    norm_acts: bool | None = None
+    scale: float = 1.0
+
+
+PLAIN = UnitForm()
 
 
 class ConvBNAct2d(nn.Module):
@@ -120,9 +140,8 @@ class ConvBNAct2d(nn.Module):
         children = self._modules
         conv = children["conv"]
         assert conv is not None
-        return run_unit(
-            x, conv, children.get("bn"), children.get("act"), residual, self.residual_order, False, self.recompute
-        )
+        form = PLAIN if residual is None else (self.residual_order, False, None, 1.0)
+        return run_unit(x, conv, children.get("bn"), children.get("act"), residual, form, self.recompute)
 
     def extra_repr(self) -> str:
         said = [] if self.residual_order == "add_act" else [f"residual_order={self.residual_order!r}"]
@@ -135,33 +154,39 @@ def run_unit(
     bn: nn.Module | None,
     act: nn.Module | Activation | tuple[Any, ...] | None,
     residual: Tensor | None = None,
-    residual_order: str = "add_act",
-    residual_inplace: bool = False,
+    form: UnitForm | tuple[Any, ...] = PLAIN,
     recompute: bool = False,
 ) -> Tensor:
     """The unit made of live modules, fused where that is the same as calling them one by one; else it calls them.
 
-    ``act`` is a module, or for a functional activation its description. ``residual_inplace`` says that the model adds
-    the residual in place, whose result has the dtype and shape of the unit's. ``recompute`` is as for
-    :class:`ConvBNAct2d`; :func:`set_recompute` says it of a convolution for good.
+    ``act`` is a module, or for a functional activation its description. ``recompute`` is as for :class:`ConvBNAct2d`;
+    :func:`set_recompute` says it of a convolution for good.
     """
+    order, inplace, norm_acts, scale = form
     if (
         isinstance(x, Tensor)
         and x.dim() == 4
         and (residual is None or isinstance(residual, Tensor))
         and not torch.compiler.is_compiling()
         and not torch_module._has_any_global_hook()
-        and (activation := activation_of(act)) is not None
     ):
-        rest = (residual, residual_order, residual_inplace)
-        if isinstance(conv, FoldedConv2d):
-            if not has_hooks(conv) and (bn is None or (type(bn) is FoldedBatchNorm2d and not has_hooks(bn))):
-                return conv.run(x, activation, *rest)
-        elif isinstance(conv, nn.Conv2d):
-            y = _run_live(x, conv, bn, activation, *rest, recompute or _RECOMPUTE in conv.__dict__)
-            if y is not None:
-                return y
-    return _compose(x, conv, bn, act, residual, residual_order, residual_inplace)
+        activation, rest = activation_of(act), None
+        if activation is None and norm_acts and residual is None:
+            # Batch norm and an activation that is not fused are one module: it is called on the unit's result.
+            activation, rest = IDENTITY, act
+        y = None
+        if activation is None:
+            pass
+        elif isinstance(conv, FoldedConv2d):
+            whole = bn is None or (type(bn) is FoldedBatchNorm2d and not has_hooks(bn))
+            if whole and conv.scale == scale and not has_hooks(conv):
+                y = conv.run(x, activation, residual, order, inplace)
+        elif isinstance(conv, nn.Conv2d) and scale == 1:
+            recompute = recompute or _RECOMPUTE in conv.__dict__
+            y = _run_live(x, conv, bn, activation, residual, order, inplace, recompute, norm_acts is not None)
+        if y is not None:
+            return rest(y) if isinstance(rest, nn.Module) else y
+    return _compose(x, conv, bn, act, residual, UnitForm(*form))
 
 
 def set_recompute(conv: nn.Module) -> None:
@@ -191,6 +216,7 @@ def _run_live(
     residual_order: str,
     residual_inplace: bool,
     recompute: bool,
+    proven: bool,
 ) -> Tensor | None:
     """The unit fused, or ``None`` where its modules are to be called."""
     size, training = x.numel(), bn is not None and bn.training
@@ -202,7 +228,9 @@ def _run_live(
         return None
     if not may_record and size < select().min_input(conv, bn):
         return None
-    if conv_refusal(conv) is not None or (bn is not None and bn_refusal(bn) is not None):
+    if conv_refusal(conv) is not None:
+        return None
+    if bn is not None and (has_hooks(bn) if proven else bn_refusal(bn) is not None):
         return None
     weight, bias = _parameters(conv)
     geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
@@ -327,25 +355,28 @@ def _compose(
     bn: nn.Module | None,
     act: nn.Module | Activation | tuple[Any, ...] | None,
     residual: Tensor | None,
-    residual_order: str,
-    residual_inplace: bool,
+    form: UnitForm,
 ) -> Tensor:
     """The same modules called one by one, as the model before conversion did."""
 
     def add(z: Tensor) -> Tensor:
         assert residual is not None
-        return z.add_(residual) if residual_inplace else z + residual
+        return z.add_(residual) if form.residual_inplace else z + residual
 
     z = conv(x)
+    if form.scale != 1:
+        z = z * form.scale
     if bn is not None:
         z = bn(z)
-    if residual is not None and residual_order == "add_act":
+    if residual is not None and form.residual_order == "add_act":
         z = add(z)
-    if isinstance(act, nn.Module):
+    if form.norm_acts:
+        pass
+    elif isinstance(act, nn.Module):
         z = act(z)
     elif act is not None:
         activation = Activation(*act)
         z = aten.activate(z, activation, inplace=activation.inplace)
-    if residual is not None and residual_order == "act_add":
+    if residual is not None and form.residual_order == "act_add":
         z = add(z)
     return z

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from pointfuse.backends.aten import fold
 from pointfuse.convert.hosts import install, refuse_training
+from pointfuse.convert.normalisation import norm_act
 from pointfuse.convert.planning import HostPlan
 from pointfuse.convert.structure import Site, hosts
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
-from pointfuse.modules import ConvBNAct2d, conv_refusal, running_statistics
+from pointfuse.modules import ConvBNAct2d, bn_refusal, conv_refusal, running_statistics
+from pointfuse.problem import IDENTITY, BatchNorm
 
 
 def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, channels_last: bool) -> None:
@@ -63,7 +65,7 @@ def _partners(found: list[HostPlan]) -> dict[int, set[Any]]:
             pair = _pair(host.module, site)
             for module in pair:
                 if module is not None:
-                    partners[id(module)].add(tuple(map(id, pair)))
+                    partners[id(module)].add((*map(id, pair), site.scale))
     for host in found:
         for module in _other_uses(host):
             if id(module) in partners:
@@ -88,24 +90,40 @@ def _freeze_site(host: nn.Module, site: Site, partners: dict[int, set[Any]], pac
         return
     if not isinstance(conv, nn.Conv2d) or (bn is not None and (bn.training or bn.running_mean is None)):
         return
-    if _freeze_conv(host, site.conv, bn, pack, channels_last) and site.bn:
-        _set(host, site.bn, FoldedBatchNorm2d())
+    if _freeze_conv(host, site.conv, bn, pack, channels_last, site.scale) and bn is not None:
+        assert site.bn is not None
+        _set(host, site.bn, _folded(bn))
 
 
-def _freeze_conv(host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool) -> bool:
+def _folded(bn: nn.Module) -> FoldedBatchNorm2d:
+    proof = norm_act(bn) if bn_refusal(bn) else None
+    if proof is None:
+        return FoldedBatchNorm2d()
+    return FoldedBatchNorm2d(bn, proof.act, proof.activation if proof.act is None else IDENTITY)
+
+
+def _freeze_conv(
+    host: nn.Module, name: str, bn: nn.Module | None, pack: bool, channels_last: bool, scale: float = 1.0
+) -> bool:
     """Freeze one convolution in its place, unless the folded weight leaves the range of its dtype, as fp16 may."""
     conv = host.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     with torch.no_grad():
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
-        if bn is not None:
-            weight, bias = fold(weight, bias, running_statistics(bn))
+        if bn is not None or scale != 1:
+            weight, bias = fold(weight, bias, _times(scale, conv) if bn is None else running_statistics(bn))
             if not weight.isfinite().all() and conv.weight.isfinite().all():
                 return False
         else:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
-    _set(host, name, FoldedConv2d(conv, weight, bias, bn is not None, pack, channels_last))
+    _set(host, name, FoldedConv2d(conv, weight, bias, bn is not None, pack, channels_last, scale))
     return True
+
+
+def _times(scale: float, conv: nn.Conv2d) -> BatchNorm:
+    """The batch norm that multiplies by a number."""
+    zero, one = conv.weight.new_zeros(conv.out_channels), conv.weight.new_ones(conv.out_channels)
+    return BatchNorm(zero, one, one.float() * scale, None, False, 0.0, 0.0)
 
 
 def _set(host: nn.Module, name: str, module: nn.Module) -> None:

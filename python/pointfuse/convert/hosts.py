@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pointfuse.convert.graphs import Capture, ShapeGraphs
 from pointfuse.convert.matching import Trace, trace_host
-from pointfuse.convert.structure import run_sequence, runs_of
+from pointfuse.convert.sequences import Run, run_sequence, runs_of
 from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_TRAINING
 
@@ -85,8 +85,10 @@ def _sequential_forward(self: Any, input: Any) -> Any:
         return self._pointfuse_forward(input)
     children = tuple(self._modules.values())
     cached = self.__dict__.get(_RUNS)
-    if cached is None or cached[0] != children:
-        cached = self.__dict__[_RUNS] = (children, runs_of(children))
+    if cached is None or cached[0] != children or not all(map(Run.current, cached[2])):
+        runs = runs_of(children)
+        watched = [run for run in runs if isinstance(run, Run) and (run.proof or run.elided)]
+        cached = self.__dict__[_RUNS] = (children, runs, watched)
     return run_sequence(cached[1], input)
 
 
@@ -96,7 +98,7 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._pointfuse_forward(*args, **kwargs)
     trace = self.__dict__[_TRACES].get(self.training)
     if trace is not None:
-        if trace.reads.unchanged():
+        if trace.current():
             self.__dict__[_STALE] = 0
         else:
             trace = _trace_again(self)

@@ -6,6 +6,7 @@ flow. Any other host is traced by itself, so one that cannot be traced costs not
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,27 +16,17 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from pointfuse.convert.normalisation import NormAct, activation_at, norm_act, sole_input
+from pointfuse.convert.sequences import inner_activation, norm_refusal, passes_on
 from pointfuse.convert.structure import Site, is_sequential
-from pointfuse.convert.tracing import Reads, Tracer, Untraceable, compile_graph, names_read
+from pointfuse.convert.tracing import Reads, compile_graph, trace_in_mode
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
-from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, run_unit
+from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, has_hooks, run_unit
 from pointfuse.problem import IDENTITY, Activation
 
-_FUNCTIONAL_ACTIVATIONS: dict[Any, str] = {
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    "relu": "relu",
-    "relu_": "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-}
-_IN_PLACE_ACTIVATIONS = (F.leaky_relu_, F.relu_, torch.relu_, "relu_")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+_MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Trace:
     """A host's forward with its units fused, for one training mode.
 
     ``parameters`` are the arguments it takes with their types. The trace holds while every guard, a function of the
-    arguments, gives its decision, and while ``reads`` are unchanged. ``refusals`` gives the reason for each call of a
+    arguments, gives its decision, and while it is :meth:`current`. ``refusals`` gives the reason for each call of a
     convolution that is no unit; ``uncalled`` names the host's convolutions that its forward does not call, and
     ``other_uses`` the modules that it uses outside units.
     """
@@ -56,6 +47,13 @@ class Trace:
     refusals: dict[str, str]
     uncalled: tuple[str, ...]
     other_uses: tuple[str, ...]
+    proofs: tuple[NormAct, ...]
+    elided: tuple[nn.Module, ...]
+
+    def current(self) -> bool:
+        """Whether what was read of the host and its children still holds."""
+        proven = self.reads.unchanged() and all(map(NormAct.unchanged, self.proofs))
+        return proven and not any(map(has_hooks, self.elided))
 
 
 def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: dict[str, Any] | None = None) -> Trace:
@@ -63,24 +61,21 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
 
     ``convs`` names the convolutions that are the host's to account for.
     """
-    if "forward" in host.__dict__:
-        raise Untraceable("its forward was replaced on the instance")
-    if "type" in names_read(host):
-        raise Untraceable("its forward calls type(), which a trace cannot answer")
-    modes = [(m, m.training) for m in host.modules()]
-    try:
-        for m, _ in modes if host.training != training else ():
-            m.__dict__["training"] = training
-        reads = Reads(host)
-        tracer = Tracer(host, example)
-        graph = tracer.graph_or_refuse()
-    finally:
-        for m, mode in modes:
-            m.__dict__["training"] = mode
-    sites, refusals, uncalled, other_uses = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
-    forward = compile_graph(graph, type(host).__name__)
-    guards = tuple(tracer.guards)
-    return Trace(forward, tracer.kinds, guards, reads, tuple(sites), refusals, uncalled, other_uses)
+    graph, tracer, reads = trace_in_mode(host, training, example)
+    fuser = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs)
+    fuser.run()
+    return Trace(
+        compile_graph(graph, type(host).__name__),
+        tracer.kinds,
+        tuple(tracer.guards),
+        reads,
+        tuple(fuser.sites),
+        fuser.refusals,
+        fuser.uncalled(),
+        fuser.other_uses(),
+        tuple(fuser.proofs.values()),
+        tuple(fuser.elided),
+    )
 
 
 class _Fuser:
@@ -90,29 +85,35 @@ class _Fuser:
         self.graph = graph
         self.modules = modules
         self.convs = convs
+        self.sites: list[Site] = []
+        self.refusals: dict[str, str] = {}
+        self.called: set[str] = set()
+        self.tried: dict[str, NormAct | None] = {}
+        self.proofs: dict[str, NormAct] = {}
+        self.elided: list[nn.Module] = []
 
-    def run(self) -> tuple[list[Site], dict[str, str], tuple[str, ...], tuple[str, ...]]:
-        """Sites, refusals, uncalled convolutions and other uses, as :class:`Trace` has them."""
-        sites: list[Site] = []
-        refusals: dict[str, str] = {}
-        called: set[str] = set()
+    def run(self) -> None:
+        """Rewrite the graph."""
         for node in list(self.graph.nodes):
             conv = self.modules.get(str(node.target)) if node.op == "call_module" else None
             if not isinstance(conv, nn.Conv2d | FoldedConv2d):
                 continue
-            called.add(str(node.target))
+            self.called.add(str(node.target))
             found = self._match(node)
             if isinstance(found, str):
-                refusals[str(node.target)] = found
+                self.refusals[str(node.target)] = found
             else:
-                self._replace(*found)
+                self._replace(found)
                 if isinstance(conv, nn.Conv2d):
-                    sites.append(found[0])
+                    self.sites.append(found.site())
         self.graph.lint()
-        uncalled = [n for n in self.convs if isinstance(self.modules[n], nn.Conv2d) and n not in called]
-        return sites, refusals, tuple(uncalled), self._other_uses()
 
-    def _other_uses(self) -> tuple[str, ...]:
+    def uncalled(self) -> tuple[str, ...]:
+        """The host's convolutions that its forward does not call."""
+        return tuple(n for n in self.convs if isinstance(self.modules[n], nn.Conv2d) and n not in self.called)
+
+    def other_uses(self) -> tuple[str, ...]:
+        """The modules that the forward uses outside units."""
         operands = {a for n in self.graph.nodes if n.target is run_unit for a in n.all_input_nodes}
         names = [str(n.target) for n in self.graph.nodes if n.op == "call_module"]
         for node in self.graph.nodes:
@@ -122,93 +123,130 @@ class _Fuser:
                 names += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         return tuple(n for n in dict.fromkeys(names) if n in self.modules)
 
-    def _match(self, conv: fx.Node) -> tuple[Site, _Chain] | str:
+    def _match(self, conv: fx.Node) -> _Chain | str:
         """The unit that starts at a convolution's node, or why there is none."""
         module = self.modules[str(conv.target)]
-        frozen = isinstance(module, FoldedConv2d)
-        if not frozen and (reason := conv_refusal(module)):
+        if not isinstance(module, FoldedConv2d) and (reason := conv_refusal(module)):
             return reason
-        x = _sole_input(conv)
+        x = sole_input(conv)
         if x is None:
             return "it is not called with one tensor"
-
         chain = _Chain(conv, x)
-        following = _only_user(conv)
-        if following is not None and self._module_at(following, FoldedBatchNorm2d if frozen else BATCH_NORMS):
-            if not frozen and (reason := bn_refusal(self.modules[str(following.target)])):
-                return f"batch norm {following.target} follows, but {reason}"
-            chain.bn = chain.last = following
+        if reason := self._take_normalisation(chain, module):
+            return reason
+        if chain.bn is None:
+            self._take_scale(chain)
         self._take_activation(chain)
-        if chain.last is not conv:
-            self._take_residual(chain)
-        if chain.last is conv:
+        self._take_residual(chain)
+        if chain.bn is None and chain.act is None and chain.residual is None:
             return self._why_not(conv)
         if not self._may_move(chain, chain.last):
             return "a call between it and its batch norm may change its input"
-        return chain.site(), chain
+        return chain
+
+    def _take_normalisation(self, chain: _Chain, conv: nn.Module) -> str | None:
+        """Take the batch norm that follows a convolution, if one does; the reason where it cannot be taken."""
+        frozen = isinstance(conv, FoldedConv2d)
+        following = self._next(chain.last)
+        if following is None or not self._module_at(following, FoldedBatchNorm2d if frozen else BATCH_NORMS):
+            return None
+        name, bn = str(following.target), self.modules[str(following.target)]
+        proof = None
+        if not frozen and bn_refusal(bn):
+            proof = self._proof(name)
+            if proof is None:
+                return f"batch norm {name} follows, but {norm_refusal(bn)}"
+            self.proofs[name] = proof
+        chain.bn = chain.last = following
+        inner, chain.norm_acts = inner_activation(bn, proof)
+        if chain.norm_acts:
+            known = activation_of(inner)
+            chain.act, chain.activation, chain.fused_act = following, known or IDENTITY, known is not None
+            path = bn.act_path if isinstance(bn, FoldedBatchNorm2d) else proof and proof.act
+            chain.act_path = f"{name}.{path}" if path else None
+        return None
+
+    def _take_scale(self, chain: _Chain) -> None:
+        """Take a multiplication by a number that follows."""
+        product = self._next(chain.last)
+        if product is None or product.target not in _MULTIPLICATIONS or len(product.args) != 2 or product.kwargs:
+            return
+        if product.op not in ("call_function", "call_method") or not self._may_move(chain, product):
+            return
+        numbers = [a for a in product.args if type(a) in (int, float)]
+        if len(numbers) == 1 and math.isfinite(scale := float(numbers[0])) and scale != 0:  # type: ignore[arg-type]
+            chain.scale, chain.last = scale, product
 
     def _take_activation(self, chain: _Chain) -> None:
-        following = _only_user(chain.last)
-        described = None if following is None else self._activation_at(following)
-        if following is not None and described is not None and self._may_move(chain, following):
+        following = self._next(chain.last)
+        if following is None or chain.act is not None or not self._may_move(chain, following):
+            return
+        described = activation_at(following, self.modules)
+        if described is not None:
             chain.last = chain.act = following
             chain.activation = described
+            chain.act_path = str(following.target) if following.op == "call_module" else None
 
     def _take_residual(self, chain: _Chain) -> None:
-        addition = _only_user(chain.last)
-        other = None if addition is None else _addend(addition, chain.last)
-        if addition is None or other is None or not self._may_move(chain, addition):
+        addition = self._next(chain.last)
+        other = None if addition is None else _addend(addition, _before(addition, chain.last))
+        if addition is None or other is None or not chain.fused_act or not self._may_move(chain, addition):
             return
         chain.order = "add_act" if chain.act is None else "act_add"
         chain.residual, chain.residual_inplace = other, addition.target in _IN_PLACE_ADDITIONS
         chain.last = addition
-        if chain.act is None:
-            self._take_activation(chain)
+        self._take_activation(chain)
 
-    def _replace(self, site: Site, chain: _Chain) -> None:
+    def _replace(self, chain: _Chain) -> None:
+        nodes = _between(chain.conv, chain.last)
         with self.graph.inserting_before(chain.last):
-            act: Any = tuple(chain.activation) if site.act is None else self.graph.get_attr(site.act)
+            act: Any = tuple(chain.activation) if chain.act_path is None else self.graph.get_attr(chain.act_path)
             fused = self.graph.call_function(
                 run_unit,
                 (
                     chain.x,
-                    self.graph.get_attr(site.conv),
-                    None if site.bn is None else self.graph.get_attr(site.bn),
+                    self.graph.get_attr(str(chain.conv.target)),
+                    None if chain.bn is None else self.graph.get_attr(str(chain.bn.target)),
                     act,
                     chain.residual,
-                    chain.order or "add_act",
-                    chain.residual_inplace,
+                    (chain.order or "add_act", chain.residual_inplace, chain.norm_acts, chain.scale),
                 ),
             )
-        nodes = _between(chain.conv, chain.last)
         chain.last.replace_all_uses_with(fused)
         for node in reversed(nodes):
             self.graph.erase_node(node)
+            if self._passes_on(node):
+                self.elided.append(self.modules[str(node.target)])
 
     def _module_at(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
-        called = node.op == "call_module" and _sole_input(node) is not None
+        called = node.op == "call_module" and sole_input(node) is not None
         return called and isinstance(self.modules[str(node.target)], kind)
 
-    def _activation_at(self, node: fx.Node) -> Activation | None:
-        """The activation that a node applies to its input, or ``None``."""
-        if node.op == "call_module":
-            module = self.modules[str(node.target)]
-            return None if isinstance(module, nn.Identity) or _sole_input(node) is None else activation_of(module)
-        name = _FUNCTIONAL_ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-        if name is None:
-            return None
-        names = ("input", "negative_slope", "inplace") if name == "leaky_relu" else ("input", "inplace")
-        arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
-        slope, inplace = arguments.get("negative_slope", 0.01), arguments.get("inplace", False)
-        if not isinstance(slope, int | float) or not isinstance(inplace, bool):
-            return None
-        return Activation(name, float(slope), inplace or node.target in _IN_PLACE_ACTIVATIONS)
+    def _proof(self, name: str) -> NormAct | None:
+        if name not in self.tried:
+            self.tried[name] = norm_act(self.modules[name])
+        return self.tried[name]
+
+    def _normalises(self, name: str) -> bool:
+        """Whether a module reads its input and gives a tensor of its own, as batch norm does."""
+        module = self.modules.get(name)
+        return isinstance(module, BATCH_NORMS) and (bn_refusal(module) is None or self._proof(name) is not None)
+
+    def _passes_on(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and sole_input(node) is not None and passes_on(self.modules[str(node.target)])
+
+    def _next(self, node: fx.Node) -> fx.Node | None:
+        """The only user of a node, behind the modules that pass it on."""
+        following = _only_user(node)
+        while following is not None and self._passes_on(following):
+            following = _only_user(following)
+        return following
 
     def _why_not(self, conv: fx.Node) -> str:
         if len(conv.users) > 1:
             return "its result goes to more than one place"
-        following = next(iter(conv.users), None)
-        if following is None or following.op == "output":
+        following = self._next(conv)
+        if following is None:
             return "nothing follows that could be fused"
         if following.op == "call_module":
             return f"its result goes to {following.target} ({type(self.modules[str(following.target)]).__name__})"
@@ -240,11 +278,11 @@ class _Fuser:
             return node.target in (getattr, run_unit, operator.add, torch.add, torch.cat)
         if node.op != "call_module":
             return node.op != "call_method"
-        module = self.modules[str(node.target)]
-        first = next(module.children(), module) if is_sequential(module) else module
-        return isinstance(
-            first, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm | nn.MaxPool2d | nn.AvgPool2d | FoldedConv2d
-        )
+        name, module = str(node.target), self.modules[str(node.target)]
+        if is_sequential(module) and module._modules:
+            first = next(iter(module._modules))
+            name, module = f"{name}.{first}", module._modules[first] or module
+        return isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | FoldedConv2d) or self._normalises(name)
 
     def _memory_of(self, node: fx.Node) -> set[fx.Node]:
         """The nodes whose memory a node's value may share; a convolution's or a unit's is its own."""
@@ -256,11 +294,8 @@ class _Fuser:
                 continue
             found.add(current)
             called = self.modules.get(str(current.target)) if current.op == "call_module" else None
-            fresh = (
-                isinstance(called, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm | FoldedConv2d)
-                or current.target is run_unit
-            )
-            if not fresh:
+            fresh = isinstance(called, nn.Conv2d | FoldedConv2d) or current.target is run_unit
+            if not (fresh or (called is not None and self._normalises(str(current.target)))):
                 waiting.extend(current.all_input_nodes)
         return found
 
@@ -272,8 +307,12 @@ class _Chain:
     conv: fx.Node
     x: fx.Node
     bn: fx.Node | None = None
+    norm_acts: bool | None = None
+    scale: float = 1.0
     act: fx.Node | None = None
+    act_path: str | None = None
     activation: Activation = IDENTITY
+    fused_act: bool = True
     residual: fx.Node | None = None
     residual_inplace: bool = False
     order: str | None = None
@@ -282,14 +321,9 @@ class _Chain:
         self.last = self.conv
 
     def site(self) -> Site:
-        act = self.act if self.act is not None and self.act.op == "call_module" else None
-        return Site(
-            str(self.conv.target),
-            None if self.bn is None else str(self.bn.target),
-            None if act is None else str(act.target),
-            self.activation,
-            self.order,
-        )
+        bn = None if self.bn is None else str(self.bn.target)
+        act = self.act_path if self.fused_act else None
+        return Site(str(self.conv.target), bn, act, self.activation, self.order, self.scale)
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
@@ -305,9 +339,9 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return None if user is None or user.op == "output" else user
 
 
-def _sole_input(node: fx.Node) -> fx.Node | None:
-    values = [*node.args, *node.kwargs.values()]
-    return values[0] if len(values) == 1 and isinstance(values[0], fx.Node) else None
+def _before(node: fx.Node, first: fx.Node) -> fx.Node:
+    """The input of a node by which it comes, by sole users, from ``first``."""
+    return _between(first, node)[-2]
 
 
 def _addend(node: fx.Node, z: fx.Node) -> fx.Node | None:

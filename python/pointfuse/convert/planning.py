@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from pointfuse.backends import backend_for
 from pointfuse.convert.hosts import trace_both
 from pointfuse.convert.matching import Trace
-from pointfuse.convert.structure import Site, hosts, is_sequential, match_sequential, original_forward
+from pointfuse.convert.sequences import match_sequential
+from pointfuse.convert.structure import Site, hosts, is_sequential, original_forward
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, activation_of, bn_refusal, conv_refusal
 
@@ -26,6 +27,7 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 class Unit:
     """One unit. Names are module paths in the model, the convolution's also the unit's; a function has none.
 
+    ``scale`` is a number by which the model multiplies the convolution's result, which only ``freeze`` folds in.
     Shapes are ``[batch, channels, height, width]``, known where example inputs were given.
     """
 
@@ -43,6 +45,7 @@ class Unit:
     groups: int
     dtype: str
     backend: str
+    scale: float = 1.0
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
 
@@ -235,6 +238,7 @@ def _unit(host: HostPlan, site: Site, shapes: dict[int, tuple[torch.Size, torch.
         act=None if site.act is None else _join(host.name, site.act),
         activation=site.activation.name,
         residual=site.residual_order,
+        scale=site.scale,
         in_channels=conv.in_channels,
         out_channels=conv.out_channels,
         kernel_size=conv.kernel_size,

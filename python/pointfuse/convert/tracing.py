@@ -13,7 +13,7 @@ import operator
 import random
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -38,6 +38,11 @@ _METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 _METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
 
 
+_MATH = frozenset({"math", *dir(math)})
+# Tracing patches classes for the whole process, which two threads at once would restore in the wrong order.
+ONE_AT_A_TIME = threading.RLock()
+
+
 class Untraceable(Exception):
     """Why a host's data flow could not be proven."""
 
@@ -46,35 +51,44 @@ class Reads:
     """What a forward may read of its module other than tensors: whether it is as it was when this was made.
 
     The children of the module and of those that only hold others; which parameters and buffers are absent; and the
-    values of plain attributes, of the module and its children, whose names occur in the code of the module's class.
+    values of plain attributes, of the module and its children, whose ``names`` occur in the code of the module's class.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, names: frozenset[str]) -> None:
         holders = [host, *(m for _, m in own_children(host) if has_no_forward(m))]
         self.children = [(m._modules, _ids(m._modules)) for m in holders]
         self.absent = [(d, _absent(d)) for d in (host._parameters, host._buffers)]
-        self.values: list[tuple[dict[str, Any], str, Any]] = []
+        self.values: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         self.containers: list[tuple[Any, Any]] = []
-        names = names_read(host)
         for module in (host, *(m for _, m in own_children(host))):
+            watched: dict[str, Any] = {}
             for name in names - ({"training"} if module is host else set()):
                 # An attribute that is not there may come, and be found by hasattr.
                 value = module.__dict__.get(name, _MISSING)
                 if value is None or value is _MISSING or isinstance(value, bool | int | float | str | tuple):
                     if module is host or value is not _MISSING:
-                        self.values.append((module.__dict__, name, value))
+                        watched[name] = value
                 elif type(value) in (list, dict, set):
-                    self.values.append((module.__dict__, name, value))
+                    watched[name] = value
                     self.containers.append((value, copy.copy(value)))
+            if watched:
+                self.values.append((module.__dict__, list(watched), list(watched.values())))
 
     def unchanged(self) -> bool:
         """Whether a trace made together with this still stands for the forward."""
         return (
             all(_ids(d) == ids for d, ids in self.children)
             and all(_absent(d) == absent for d, absent in self.absent)
-            and all((now := d.get(n, _MISSING)) is then or now == then for d, n, then in self.values)
+            and all([d.get(n, _MISSING) for n in names] == then for d, names, then in self.values)
             and all(_same(now, then) for now, then in self.containers)
         )
+
+    def signature(self) -> Hashable:
+        """What two modules of a class have in common if one trace stands for both; no two are equal with containers."""
+        if self.containers:
+            return object()
+        values = [tuple(zip(names, map(type, then), then, strict=True)) for _, names, then in self.values]
+        return tuple(values), tuple(absent for _, absent in self.absent)
 
 
 _MISSING = object()
@@ -110,7 +124,7 @@ def names_read(host: nn.Module) -> frozenset[str]:
         names |= used
         cells = [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]
         for value in (*cells, *(_function_named(name, host, function.__globals__) for name in used)):
-            if isinstance(value, types.FunctionType) and not value.__module__.startswith("torch."):
+            if isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] != "torch":
                 waiting.append(value)
     return frozenset(names)
 
@@ -166,8 +180,9 @@ class Tracer(fx.Tracer):
     """Traces one host. ``example`` maps the names of its parameters to inputs without data; by default it has no
     example, and every parameter without a default value is taken for a tensor."""
 
-    def __init__(self, host: nn.Module, example: dict[str, Any] | None) -> None:
-        super().__init__(autowrap_modules=(math,))
+    def __init__(self, host: nn.Module, example: dict[str, Any] | None, names: frozenset[str]) -> None:
+        # Wrapping the functions of math takes longer than the rest of most traces.
+        super().__init__(autowrap_modules=(math,) if names & _MATH else ())  # type: ignore[arg-type]
         self.proxy_buffer_attributes = True
         self.thread = threading.get_ident()
         self.host = host
@@ -178,8 +193,8 @@ class Tracer(fx.Tracer):
         signature = inspect.signature(getattr(host, self.traced_func_name)).parameters
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in signature.values()):
             raise Untraceable("its forward takes *args, **kwargs or keyword-only arguments")
-        names = [n for n, p in signature.items() if p.default is p.empty] if example is None else list(example)
-        self.kinds = {n: Tensor if example is None else type(example[n]) for n in names}
+        needed = [n for n, p in signature.items() if p.default is p.empty] if example is None else list(example)
+        self.kinds = {n: Tensor if example is None else type(example[n]) for n in needed}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # Arguments that the trace does not take keep their default values, whatever these are.
@@ -192,7 +207,7 @@ class Tracer(fx.Tracer):
 
     def graph_or_refuse(self) -> fx.Graph:
         try:
-            with _only_data_flow(self.host):
+            with ONE_AT_A_TIME, _only_data_flow(self.host):
                 return self.trace(self.host)
         except Untraceable:
             raise
@@ -262,6 +277,32 @@ class Tracer(fx.Tracer):
 
         graph.output(copied(node))
         return compile_graph(graph, type(self.host).__name__)
+
+
+def trace_in_mode(host: nn.Module, training: bool, example: dict[str, Any] | None) -> tuple[fx.Graph, Tracer, Reads]:
+    """A host's graph in one training mode, with its tracer and what it read. Raises :class:`Untraceable`."""
+    if "forward" in host.__dict__:
+        raise Untraceable("its forward was replaced on the instance")
+    names = names_read(host)
+    if "type" in names:
+        raise Untraceable("its forward calls type(), which a trace cannot answer")
+    with in_mode(host, training):
+        reads = Reads(host, names)
+        tracer = Tracer(host, example, names)
+        return tracer.graph_or_refuse(), tracer, reads
+
+
+@contextmanager
+def in_mode(host: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, a host is in one training mode, and so are the modules in it if it was in the other."""
+    modes = [(m, m.training) for m in host.modules()]
+    try:
+        for m, _ in modes if host.training != training else ():
+            m.__dict__["training"] = training
+        yield
+    finally:
+        for m, mode in modes:
+            m.__dict__["training"] = mode
 
 
 class _NoTensorWork(TorchDispatchMode):
