@@ -143,6 +143,14 @@ class ConvBNAct2d(nn.Module):
         form = PLAIN if residual is None else (self.residual_order, False, None, 1.0)
         return run_unit(x, conv, children.get("bn"), children.get("act"), residual, form, self.recompute)
 
+    def _pointfuse_tail(self, x: Tensor, residual: Tensor, act: Any, residual_order: str, inplace: bool) -> Tensor:
+        """``forward`` with a residual and an activation behind it that the caller's forward adds."""
+        children = self._modules
+        conv, bn, own = children["conv"], children.get("bn"), children.get("act")
+        assert conv is not None
+        act = own if residual_order == "act_add" else act
+        return run_unit(x, conv, bn, act, residual, (residual_order, inplace, None, 1.0), self.recompute)
+
     def extra_repr(self) -> str:
         said = [] if self.residual_order == "add_act" else [f"residual_order={self.residual_order!r}"]
         return ", ".join([*said, *(["recompute=True"] if self.recompute else [])])

@@ -13,7 +13,6 @@ from pointfuse.convert import graphs, verification
 from pointfuse.convert.freezing import freeze_hosts, own_tensors
 from pointfuse.convert.graphs import NewShapeWarning
 from pointfuse.convert.hosts import (
-    install,
     is_frozen,
     is_host,
     refuse_training,
@@ -22,7 +21,7 @@ from pointfuse.convert.hosts import (
     uninstall,
     warn_once,
 )
-from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
+from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, install_hosts, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
@@ -212,8 +211,7 @@ def _install(found: list[HostPlan], recompute: bool) -> None:
         if recompute:
             for site in host.sites:
                 set_recompute(host.module.get_submodule(site.conv))
-        if host.sites and not isinstance(host.module, ConvBNAct2d):
-            install(host.module, host.traces, host.example)
+    install_hosts(found)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pointfuse.backends.aten import fold
-from pointfuse.convert.hosts import install, refuse_training
+from pointfuse.convert.hosts import refuse_training
 from pointfuse.convert.normalisation import norm_act
-from pointfuse.convert.planning import HostPlan
+from pointfuse.convert.planning import HostPlan, install_hosts
 from pointfuse.convert.structure import Site, hosts
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
-from pointfuse.modules import ConvBNAct2d, bn_refusal, conv_refusal, running_statistics
+from pointfuse.modules import bn_refusal, conv_refusal, running_statistics
 from pointfuse.problem import IDENTITY, BatchNorm
 
 
@@ -29,8 +29,7 @@ def freeze_hosts(model: nn.Module, found: list[HostPlan], pack: bool, channels_l
     for host in found:
         for site in host.sites:
             _freeze_site(host.module, site, partners, pack, channels_last)
-        if host.sites and not isinstance(host.module, ConvBNAct2d):
-            install(host.module, host.traces, host.example)
+    install_hosts(found)
     for _, module, convs in list(hosts(model)):
         for name in convs:
             conv = module.get_submodule(name)

@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pointfuse.convert.graphs import Capture, ShapeGraphs
 from pointfuse.convert.matching import Trace, trace_host
-from pointfuse.convert.sequences import Run, run_sequence, runs_of
+from pointfuse.convert.sequences import Run, last_of_sequence, run_sequence, runs_of, unit_site
+from pointfuse.convert.structure import Site, is_sequential
+from pointfuse.convert.tails import call_and_add
 from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_TRAINING
+from pointfuse.modules import ConvBNAct2d, activation_of, run_unit
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
@@ -81,27 +84,44 @@ def _graphed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sequential_forward(self: Any, input: Any) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or issubclass(type(input), fx.Proxy):
         return self._pointfuse_forward(input)
+    return run_sequence(_current_runs(self), input)
+
+
+def _sequential_tail(self: Any, x: Any, residual: Any, act: Any, residual_order: str, residual_inplace: bool) -> Any:
+    """What :func:`call_and_add` is to give, or ``None`` where the last module takes no such sum."""
+    runs = _current_runs(self)
+    if not runs:
+        return None
+    *first, last = runs
+    if isinstance(last, Run):
+        acts = last.act is not None
+        if acts != (residual_order == "act_add") or activation_of(last.act) is None:
+            return None
+        form = (residual_order, residual_inplace, last.form.norm_acts, last.form.scale)
+        x = run_sequence(first, x)
+        return run_unit(x, last.conv, last.bn, last.act if acts else act, residual, form)
+    if not hasattr(last, "_pointfuse_tail"):
+        return None
+    return call_and_add(last, run_sequence(first, x), residual, act, residual_order, residual_inplace)
+
+
+def _current_runs(self: Any) -> list[Run | nn.Module]:
     children = tuple(self._modules.values())
     cached = self.__dict__.get(_RUNS)
     if cached is None or cached[0] != children or not all(map(Run.current, cached[2])):
         runs = runs_of(children)
         watched = [run for run in runs if isinstance(run, Run) and (run.proof or run.elided)]
         cached = self.__dict__[_RUNS] = (children, runs, watched)
-    return run_sequence(cached[1], input)
+    return cached[1]
 
 
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # The compiler is given the module's own forward: it fuses by itself, and its guards are its own.
-    if torch.compiler.is_compiling():
+    # The compiler is given the module's own forward: it fuses by itself, and its guards are its own. So is a tracer.
+    if torch.compiler.is_compiling() or any(issubclass(type(a), fx.Proxy) for a in args):
         return self._pointfuse_forward(*args, **kwargs)
-    trace = self.__dict__[_TRACES].get(self.training)
-    if trace is not None:
-        if trace.current():
-            self.__dict__[_STALE] = 0
-        else:
-            trace = _trace_again(self)
+    trace = _current_trace(self)
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
@@ -111,6 +131,27 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "other than the tensors it needs, or a branch other than with the example inputs): it runs unfused"
         )
     return self._pointfuse_forward(*args, **kwargs)
+
+
+def _traced_tail(self: Any, x: Any, residual: Any, act: Any, residual_order: str, residual_inplace: bool) -> Any:
+    """What :func:`call_and_add` is to give, or ``None`` where the last unit takes no such sum."""
+    trace = _current_trace(self)
+    if trace is None or trace.tail is None or trace.tail.site.acts != (residual_order == "act_add"):
+        return None
+    inputs = _inputs(trace, (x,), {})
+    if inputs is None:
+        return None
+    return trace.tail.forward(self, *inputs, residual, act, residual_order, residual_inplace)
+
+
+def _current_trace(self: Any) -> Trace | None:
+    trace: Trace | None = self.__dict__[_TRACES].get(self.training)
+    if trace is None:
+        return None
+    if trace.current():
+        self.__dict__[_STALE] = 0
+        return trace
+    return _trace_again(self)
 
 
 def _inputs(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -159,6 +200,7 @@ def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -
     if fused:
         own = _sequential_forward if cls.forward is nn.Sequential.forward else _traced_forward
         body["forward"] = functools.wraps(cls.forward)(own)
+        body["_pointfuse_tail"] = _sequential_tail if own is _sequential_forward else _traced_tail
     if graphed:
         body["_pointfuse_ungraphed"] = body.get("forward", cls.forward)
         body["forward"] = functools.wraps(cls.forward)(_graphed_forward)
@@ -223,17 +265,39 @@ def _set_class(module: nn.Module, fused: bool = False, frozen: bool = False, gra
 
 
 def trace_both(
-    module: nn.Module, convs: Sequence[str], example: dict[str, Any] | None
+    module: nn.Module,
+    convs: Sequence[str],
+    example: dict[str, Any] | None,
+    traces_of: Callable[[nn.Module], dict[bool, Trace | None] | None] = lambda module: module.__dict__.get(_TRACES),
 ) -> tuple[dict[bool, Trace | None], Untraceable | None]:
-    """A host's traces by training mode, and the reason where a mode has none (evaluation's first)."""
+    """A host's traces by training mode, and the reason where a mode has none (evaluation's first).
+
+    ``traces_of`` gives those of the hosts inside, by default of converted ones.
+    """
     traces: dict[bool, Trace | None] = {False: None, True: None}
     failure: Untraceable | None = None
     for training in traces:
         try:
-            traces[training] = trace_host(module, convs, training, example)
+            tails = functools.partial(tail_of, traces_of=traces_of)
+            traces[training] = trace_host(module, convs, training, example, tails)
         except Untraceable as error:
             failure = failure or error
     return traces, failure
+
+
+def tail_of(
+    module: nn.Module, training: bool, traces_of: Callable[[nn.Module], dict[bool, Trace | None] | None]
+) -> Site | None:
+    """The unit whose result a host puts out in a training mode, named relative to it, if it takes a sum."""
+    if isinstance(module, ConvBNAct2d):
+        return unit_site(module)
+    if not is_sequential(module):
+        trace = (traces_of(module) or {}).get(training)
+        return None if trace is None or trace.tail is None else trace.tail.site
+    site, last = last_of_sequence(module)
+    if site is None and last is not None and (inner := tail_of(module._modules[last], training, traces_of)):  # type: ignore[arg-type]
+        site = inner.inside(last)
+    return site
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pointfuse.convert.normalisation import NormAct, activation_at, norm_act, sole_input
 from pointfuse.convert.sequences import inner_activation, norm_refusal, passes_on
 from pointfuse.convert.structure import Site, is_sequential
+from pointfuse.convert.tails import call_and_add
 from pointfuse.convert.tracing import Reads, compile_graph, trace_in_mode
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, has_hooks, run_unit
@@ -49,6 +50,8 @@ class Trace:
     other_uses: tuple[str, ...]
     proofs: tuple[NormAct, ...]
     elided: tuple[nn.Module, ...]
+    tail: Tail | None
+    sums: tuple[Sum, ...]
 
     def current(self) -> bool:
         """Whether what was read of the host and its children still holds."""
@@ -56,16 +59,47 @@ class Trace:
         return proven and not any(map(has_hooks, self.elided))
 
 
-def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: dict[str, Any] | None = None) -> Trace:
+@dataclass(frozen=True)
+class Tail:
+    """The unit whose result a host puts out, and the forward that takes what the host's caller adds to it.
+
+    ``forward`` takes, behind the host's own arguments, a residual, the activation behind the sum, and the residual's
+    order and whether it is added in place.
+    """
+
+    site: Site
+    forward: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A residual that a host leaves to a child's last unit to add; names are relative to the host."""
+
+    child: str
+    residual_order: str
+    act: str | None
+    activation: Activation
+
+
+def trace_host(
+    host: nn.Module,
+    convs: Sequence[str],
+    training: bool,
+    example: dict[str, Any] | None = None,
+    tail_of: Callable[[nn.Module, bool], Site | None] = lambda module, training: None,
+) -> Trace:
     """A host's forward in one training mode, with its units fused. Raises :class:`Untraceable` with the reason.
 
-    ``convs`` names the convolutions that are the host's to account for.
+    ``convs`` names the convolutions that are the host's to account for; ``tail_of`` gives the unit whose result a child
+    puts out in a training mode.
     """
     graph, tracer, reads = trace_in_mode(host, training, example)
     fuser = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs)
-    fuser.run()
+    fuser.run(lambda child: tail_of(child, training))
+    forward = compile_graph(graph, type(host).__name__)
+    tail = fuser.take_sum()
     return Trace(
-        compile_graph(graph, type(host).__name__),
+        forward,
         tracer.kinds,
         tuple(tracer.guards),
         reads,
@@ -75,6 +109,8 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
         fuser.other_uses(),
         tuple(fuser.proofs.values()),
         tuple(fuser.elided),
+        None if tail is None else Tail(tail, compile_graph(graph, type(host).__name__)),
+        tuple(fuser.sums),
     )
 
 
@@ -91,8 +127,10 @@ class _Fuser:
         self.tried: dict[str, NormAct | None] = {}
         self.proofs: dict[str, NormAct] = {}
         self.elided: list[nn.Module] = []
+        self.units: dict[fx.Node, _Chain] = {}
+        self.sums: list[Sum] = []
 
-    def run(self) -> None:
+    def run(self, tail_of: Callable[[nn.Module], Site | None]) -> None:
         """Rewrite the graph."""
         for node in list(self.graph.nodes):
             conv = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -106,7 +144,60 @@ class _Fuser:
                 self._replace(found)
                 if isinstance(conv, nn.Conv2d):
                     self.sites.append(found.site())
+        for node in list(self.graph.nodes):
+            if node.op == "call_module" and (site := tail_of(self.modules[str(node.target)])) is not None:
+                self._give_sum(node, site)
         self.graph.lint()
+
+    def take_sum(self) -> Site | None:
+        """Have the unit whose result is put out take a sum from four more arguments; ``None`` where there is none."""
+        *_, output = self.graph.nodes
+        unit = output.args[0]
+        passed = []
+        while isinstance(unit, fx.Node) and len(unit.users) == 1 and self._passes_on(unit):
+            passed.append(self.modules[str(unit.target)])
+            unit = unit.args[0]
+        chain = self.units.get(unit) if isinstance(unit, fx.Node) and len(unit.users) == 1 else None
+        if chain is None or chain.residual is not None or not chain.fused_act:
+            return None
+        assert isinstance(unit, fx.Node)
+        self.elided += passed
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        more = []
+        for name in ("pointfuse_residual", "pointfuse_act", "pointfuse_order", "pointfuse_inplace"):
+            with self.graph.inserting_after(last):
+                last = self.graph.placeholder(name)
+            more.append(last)
+        residual, act, order, inplace = more
+        x, conv, bn, own_act = unit.args[:4]
+        form = (order, inplace, chain.norm_acts, chain.scale)
+        unit.args = (x, conv, bn, act if chain.act is None else own_act, residual, form)
+        self.graph.lint()
+        return chain.site()
+
+    def _give_sum(self, call: fx.Node, site: Site) -> None:
+        """Leave to a child what is added to its result, where nothing is computed in between."""
+        addition, x = self._next(call), sole_input(call)
+        if addition is None or x is None or has_hooks(self.modules[str(call.target)]):
+            return
+        residual = _addend(addition, _before(addition, call))
+        if residual is None or not _adjacent(call, addition):
+            return
+        last, act, activation = addition, None, IDENTITY
+        following = None if site.acts else self._next(addition)
+        if following is not None and _adjacent(addition, following):
+            described = activation_at(following, self.modules)
+            if described is not None:
+                last, activation = following, described
+                act = str(following.target) if following.op == "call_module" else None
+        order, inplace = "act_add" if site.acts else "add_act", addition.target in _IN_PLACE_ADDITIONS
+        with self.graph.inserting_before(last):
+            operand: Any = None if activation == IDENTITY else tuple(activation)
+            operand = operand if act is None else self.graph.get_attr(act)
+            child = self.graph.get_attr(str(call.target))
+            summed = self.graph.call_function(call_and_add, (child, x, residual, operand, order, inplace))
+        self._put(summed, _between(call, last))
+        self.sums.append(Sum(str(call.target), order, act, activation))
 
     def uncalled(self) -> tuple[str, ...]:
         """The host's convolutions that its forward does not call."""
@@ -212,11 +303,15 @@ class _Fuser:
                     (chain.order or "add_act", chain.residual_inplace, chain.norm_acts, chain.scale),
                 ),
             )
-        chain.last.replace_all_uses_with(fused)
+        self.units[fused] = chain
+        self._put(fused, nodes)
+
+    def _put(self, fused: fx.Node, nodes: list[fx.Node]) -> None:
+        """Have a node stand for a chain of nodes."""
+        self.elided += [self.modules[str(node.target)] for node in nodes if self._passes_on(node)]
+        nodes[-1].replace_all_uses_with(fused)
         for node in reversed(nodes):
             self.graph.erase_node(node)
-            if self._passes_on(node):
-                self.elided.append(self.modules[str(node.target)])
 
     def _module_at(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
         called = node.op == "call_module" and sole_input(node) is not None
@@ -337,6 +432,16 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
 def _only_user(node: fx.Node) -> fx.Node | None:
     user = next(iter(node.users)) if len(node.users) == 1 else None
     return None if user is None or user.op == "output" else user
+
+
+def _adjacent(first: fx.Node, last: fx.Node) -> bool:
+    """Whether nothing is computed between two nodes of a chain but what the chain holds."""
+    own, node = set(_between(first, last)), first
+    while node is not last:
+        if node not in own and node.op not in ("get_attr", "placeholder"):
+            return False
+        node = node.next
+    return True
 
 
 def _before(node: fx.Node, first: fx.Node) -> fx.Node:

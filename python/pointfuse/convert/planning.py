@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pointfuse.backends import backend_for
-from pointfuse.convert.hosts import trace_both
-from pointfuse.convert.matching import Trace
-from pointfuse.convert.sequences import match_sequential
-from pointfuse.convert.structure import Site, hosts, is_sequential, original_forward
+from pointfuse.convert.hosts import install, tail_of, trace_both
+from pointfuse.convert.matching import Sum, Trace
+from pointfuse.convert.sequences import match_sequential, unit_site
+from pointfuse.convert.structure import Site, has_no_forward, hosts, is_sequential, original_forward, own_children
 from pointfuse.folded import FoldedConv2d
-from pointfuse.modules import ConvBNAct2d, activation_of, bn_refusal, conv_refusal
+from pointfuse.modules import ConvBNAct2d, bn_refusal, conv_refusal
+from pointfuse.problem import IDENTITY
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None
 
@@ -101,15 +102,49 @@ class HostPlan:
     traces: dict[bool, Trace | None] | None
     example: dict[str, Any] | None = None
 
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """What the host leaves to its children to add, by its forward in evaluation mode."""
+        trace = self.traces and self.traces[False]
+        return trace.sums if trace else ()
+
 
 def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[HostPlan]:
     """The hosts of a model. Changes nothing that outlives the call."""
     if isinstance(model, nn.Conv2d):
         return [HostPlan("", model, (), {"": "it is the whole model, and nothing follows it"}, {}, None)]
-    owners = list(hosts(model))
-    traced = [m for _, m, _ in owners if not is_sequential(m) and not isinstance(m, ConvBNAct2d)]
-    examples = {} if example_inputs is None or not traced else _host_inputs(model, traced, example_inputs)
-    return [_analyse_host(name, module, convs, examples.get(id(module))) for name, module, convs in owners]
+    owners = {id(module): convs for _, module, convs in hosts(model)}
+    modules = {id(m): (name, m) for name, m in model.named_modules() if not has_no_forward(m)}
+    traced = [m for _, m in modules.values() if next(m.children(), None) and not is_sequential(m)]
+    examples = {} if example_inputs is None or not owners else _host_inputs(model, traced, example_inputs)
+    found: dict[int, HostPlan] = {}
+
+    def traces_of(module: nn.Module) -> dict[bool, Trace | None] | None:
+        host = found.get(id(module))
+        return None if host is None else host.traces
+
+    # Those inside first: what a host adds to a child's result may be the child's to add.
+    for key, (name, module) in reversed(modules.items()):
+        if key in owners:
+            found[key] = _analyse_host(name, module, owners[key], examples.get(key), traces_of)
+        elif any(tail_of(child, False, traces_of) for _, child in own_children(module)) and not is_sequential(module):
+            traces, _ = trace_both(module, (), examples.get(key), traces_of)
+            if any(trace is not None and trace.sums for trace in traces.values()):
+                found[key] = HostPlan(name, module, (), {}, {}, traces, examples.get(key))
+    return [found[key] for key in modules if key in found]
+
+
+def install_hosts(found: list[HostPlan]) -> None:
+    """Make every analysed host run fused, in place."""
+    for host in found:
+        if (host.sites or host.sums) and not isinstance(host.module, ConvBNAct2d):
+            install(host.module, host.traces, host.example)
+        for added in host.sums:
+            # On the way to the unit that takes a sum there may be sequences without a convolution of their own.
+            child = host.module.get_submodule(added.child)
+            while is_sequential(child):
+                install(child)
+                child = list(child.children())[-1]
 
 
 def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleInputs = None) -> Plan:
@@ -117,6 +152,7 @@ def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleIn
     shapes = {} if example_inputs is None else _conv_shapes(model, example_inputs)
     # A convolution that two forwards call alike is one unit; one that is a unit elsewhere is not unproven.
     units = list(dict.fromkeys(_unit(host, site, shapes) for host in found for site in host.sites))
+    units = _with_sums(units, found)
     reasons = {_join(host.name, name): reason for host in found for name, reason in host.unproven.items()}
     for unit in units:
         reasons.pop(unit.conv, None)
@@ -164,13 +200,19 @@ def fork_rng(model: nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=list(devices))
 
 
-def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[str, Any] | None = None) -> HostPlan:
+def _analyse_host(
+    name: str,
+    module: nn.Module,
+    convs: list[str],
+    example: dict[str, Any] | None,
+    traces_of: Callable[[nn.Module], dict[bool, Trace | None] | None],
+) -> HostPlan:
     if isinstance(module, ConvBNAct2d):
         return _analyse_unit(name, module)
     if is_sequential(module):
         sites, refusals = match_sequential(module)
         return HostPlan(name, module, tuple(sites), refusals, {}, None)
-    traces, failure = trace_both(module, convs, example)
+    traces, failure = trace_both(module, convs, example, traces_of)
     trace = traces[False]
     if trace is None:
         return HostPlan(name, module, (), {}, {c: str(failure) for c in convs}, traces, example)
@@ -178,16 +220,34 @@ def _analyse_host(name: str, module: nn.Module, convs: list[str], example: dict[
     return HostPlan(name, module, trace.sites, trace.refusals, uncalled, traces, example)
 
 
+def _with_sums(units: list[Unit], found: list[HostPlan]) -> list[Unit]:
+    """The units with what the modules that hold their hosts add to them."""
+    traces = {id(host.module): host.traces for host in found}
+    sums: dict[str, tuple[str, Sum]] = {}
+    for host in found:
+        for added in host.sums:
+            site = tail_of(host.module.get_submodule(added.child), False, lambda m: traces.get(id(m)))
+            if site is not None:
+                sums[_join(host.name, added.child, site.conv)] = host.name, added
+    result = []
+    for unit in units:
+        if unit.conv in sums:
+            name, added = sums[unit.conv]
+            unit = replace(unit, residual=added.residual_order)
+            if added.activation != IDENTITY:
+                act = None if added.act is None else _join(name, added.act)
+                unit = replace(unit, act=act, activation=added.activation.name)
+        result.append(unit)
+    return result
+
+
 def _analyse_unit(name: str, unit: ConvBNAct2d) -> HostPlan:
     if isinstance(unit.conv, FoldedConv2d):
         return HostPlan(name, unit, (), {}, {}, None)
-    refusal = conv_refusal(unit.conv) or (bn_refusal(unit.bn) if unit.bn is not None else None)
-    activation = activation_of(unit.act)
-    if refusal or activation is None:
+    site = unit_site(unit)
+    if site is None:
+        refusal = conv_refusal(unit.conv) or (bn_refusal(unit.bn) if unit.bn is not None else None)
         return HostPlan(name, unit, (), {"conv": refusal or "its activation has hooks"}, {}, None)
-    site = Site(
-        "conv", "bn" if unit.bn is not None else None, "act" if unit.act is not None else None, activation, None
-    )
     return HostPlan(name, unit, (site,), {}, {}, None)
 
 

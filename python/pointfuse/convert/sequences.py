@@ -15,6 +15,7 @@ from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import (
     BATCH_NORMS,
     PLAIN,
+    ConvBNAct2d,
     UnitForm,
     activation_of,
     bn_refusal,
@@ -138,6 +139,25 @@ def match_sequential(host: nn.Module) -> tuple[list[Site], dict[str, str]]:
             sites.append(_site(step, dict(zip(names[i:], step.modules, strict=False))))
         i += len(step.modules) if isinstance(step, Run) else 1
     return sites, refusals
+
+
+def last_of_sequence(host: nn.Module) -> tuple[Site | None, str | None]:
+    """The unit at the end of a sequence, if it is one that takes a sum, or the name of the last module."""
+    children = {name: child for name, child in host._modules.items() if child is not None}
+    grouped = runs_of(list(children.values()))
+    if not grouped or not isinstance(last := grouped[-1], Run):
+        return None, next(reversed(children), None)
+    parts = dict(list(children.items())[-len(last.modules) :])
+    return (None if activation_of(last.act) is None else _site(last, parts)), None
+
+
+def unit_site(unit: ConvBNAct2d) -> Site | None:
+    """A unit's own site, or ``None`` where its modules cannot be one."""
+    bn, activation = unit.bn, activation_of(unit.act)
+    frozen = isinstance(unit.conv, FoldedConv2d)
+    if activation is None or (not frozen and (conv_refusal(unit.conv) or (bn is not None and bn_refusal(bn)))):
+        return None
+    return Site("conv", None if bn is None else "bn", None if activation == IDENTITY else "act", activation, None)
 
 
 def _site(run: Run, parts: dict[str, nn.Module]) -> Site:

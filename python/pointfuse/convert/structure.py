@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from pointfuse.folded import FoldedConv2d
-from pointfuse.problem import Activation
+from pointfuse.problem import IDENTITY, Activation
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Site:
     activation: Activation
     residual_order: str | None
     scale: float = 1.0
+
+    @property
+    def acts(self) -> bool:
+        """Whether the unit has an activation."""
+        return self.act is not None or self.activation != IDENTITY
+
+    def inside(self, name: str) -> Site:
+        """The same with the names as seen from a module that holds the host under a name."""
+        conv, bn, act = (None if n is None else f"{name}.{n}" for n in (self.conv, self.bn, self.act))
+        return replace(self, conv=conv, bn=bn, act=act)  # type: ignore[arg-type]
 
 
 def original_forward(module: nn.Module) -> Any:

@@ -50,8 +50,13 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: ExampleInp
     for mode in ("eval", "train"):
         expected = _record(original, example_inputs, mode == "train")
         actual = _record(converted, example_inputs, mode == "train")
+        # A module that is watched adds to its children's results itself.
+        unwatched = _record(converted, example_inputs, mode == "train", watched=False)
         differences = [
-            _difference(mode, name, value, actual[name]) for name, value in expected.items() if name in actual
+            _difference(mode, name, value, found[name])
+            for found in (actual, unwatched)
+            for name, value in expected.items()
+            if name in found
         ]
         if not differences:
             raise VerificationError("the model gave no tensors to compare")
@@ -85,27 +90,25 @@ def compare(expected: list[Tensor], actual: list[Tensor]) -> None:
             )
 
 
-def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool) -> dict[str, Tensor]:
-    """Every tensor that the model's modules put out, and its buffers, by name; the model is left as it was."""
+def _record(
+    model: nn.Module, example_inputs: ExampleInputs, training: bool, watched: bool = True
+) -> dict[str, Tensor]:
+    """Every tensor that the model's modules, or it alone, put out, and its buffers, by name; it is left as it was."""
     values: dict[str, Tensor] = {}
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for i, leaf in enumerate(pytree.tree_leaves(output)):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    values[f"output {i} of {name or 'the model'}"] = leaf.detach().clone()
-
-        return hook
+    def note(name: str, output: Any) -> None:
+        for i, leaf in enumerate(pytree.tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                values[f"output {i} of {name or 'the model'}"] = leaf.detach().clone()
 
     # Only modules with children: the leaves of a unit are not called any more.
-    handles = [
-        m.register_forward_hook(note(n)) for n, m in model.named_modules() if next(m.children(), None) is not None
-    ]
+    parents = [(n, m) for n, m in model.named_modules() if watched and next(m.children(), None) is not None]
+    handles = [m.register_forward_hook(lambda _, args, output, name=n: note(name, output)) for n, m in parents]
     with _left_as_it_was(model), torch.set_grad_enabled(training):
         for m in model.modules():
             m.__dict__["training"] = training
         try:
-            call(model, example_inputs)
+            note("", call(model, example_inputs))
         finally:
             for handle in handles:
                 handle.remove()
