@@ -243,3 +243,21 @@ def test_in_one_process_it_is_plain_batch_norm() -> None:
     assert len(pointfuse.plan(alone).units) == 3
     frozen = pointfuse.freeze(alone.eval())
     torch.testing.assert_close(frozen(x), model(x))
+
+
+def test_a_group_of_one_process_trains_units_of_any_size_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch's SyncBatchNorm, to which units too small to gain would be left, wants a GPU."""
+    monkeypatch.setattr(aten_training, "MIN_MACS_PER_THREAD", 1 << 28)
+    monkeypatch.setattr(aten_training, "MIN_MACS_PER_OUTPUT", 1152)
+    model, x = network(), batch()
+    expected = model(x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        alone = converted()
+        y = alone(x)
+        y.backward(gradient_of(y))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(y, expected)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(alone.get_buffer(name), buffer)

@@ -120,7 +120,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_build.json")
-    for folder in ("python", "csrc", "tests", "benchmarks"):
+    for folder in ("python", "csrc", "docs", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     return copy
 
@@ -159,7 +159,8 @@ def test_the_sdist_builds_the_same_package(source: Path, uncompiled: dict[str, s
     with tarfile.open(built) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")} <= names
+    for folder in ("csrc", "docs"):
+        assert {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.*")} <= names
     assert {f"python/pointfuse/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")} <= names
 
 

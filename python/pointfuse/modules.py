@@ -249,7 +249,9 @@ def _run_live(
     if not training and not with_gradients.records(x, weight, bias, operands.weight, operands.bias, residual):
         return None if operands.running_mean is None else select().conv_bn_act(*unit, residual_inplace)
     group = process_group(bn)
-    if not with_gradients.serves(x, weight, bias, operands, geometry, residual, recompute=recompute, group=group):
+    # PyTorch's own refuses the CPU where processes have joined, be it one.
+    needed = recompute or (training and isinstance(bn, nn.SyncBatchNorm) and _joined())
+    if not with_gradients.serves(x, weight, bias, operands, geometry, residual, recompute=needed, group=group):
         announce_refusal("gradients are recorded of a call that is no plain unit's")
         return None
     assert isinstance(bn, _BatchNorm)
@@ -262,12 +264,14 @@ def _run_live(
 
 def process_group(bn: nn.Module | None) -> Any:
     """The processes over which a batch norm takes its statistics now, or ``None`` for this process alone."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
-        return None
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not _joined():
         return None
     group = bn.process_group or torch.distributed.group.WORLD
     return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _count_batch(bn: _BatchNorm) -> float:
