@@ -113,7 +113,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 def test_every_reason_to_leave_a_convolution_alone_is_shown() -> None:
     page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
     package = ROOT / "python" / "pointfuse"
-    files = [package / "modules.py", *(package / "convert" / f"{n}.py" for n in ("matching", "structure", "tracing"))]
+    files = [package / "modules.py", *(package / "convert" / f"{n}.py" for n in ("matching", "sequences", "tracing"))]
     reasons = {reason for file in files for reason in reasons_in(ast.parse(file.read_text(encoding="utf-8")))}
     assert len(reasons) >= 20
     # Only convolutions are asked.
@@ -122,7 +122,7 @@ def test_every_reason_to_leave_a_convolution_alone_is_shown() -> None:
 
 def reasons_in(tree: ast.Module) -> Iterator[str]:
     """Of each message of ``Untraceable``, and of each reason that a function returns, the longest fixed part."""
-    functions = ("_match", "_why_not", "_what_follows", "conv_refusal", "bn_refusal")
+    functions = ("_match", "_take_normalisation", "_why_not", "_what_follows", "norm_refusal", "conv_refusal")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Untraceable":
             yield longest_text(node.args[0])

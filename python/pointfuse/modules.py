@@ -323,11 +323,11 @@ def conv_refusal(conv: nn.Module) -> str | None:
 
 def bn_refusal(bn: nn.Module) -> str | None:
     """Why a module cannot be a unit's batch norm, or ``None`` where it can."""
-    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
-        if not isinstance(bn, nn.BatchNorm2d):
+    base = nn.SyncBatchNorm if isinstance(bn, nn.SyncBatchNorm) else nn.BatchNorm2d
+    if type(bn) is not base:
+        if not isinstance(bn, base):
             return f"it is a {type(bn).__name__}, not an nn.BatchNorm2d"
-        own_check = type(bn)._check_input_dim is not nn.BatchNorm2d._check_input_dim
-        if own_check or type(bn).forward is not _BatchNorm.forward:
+        if type(bn)._check_input_dim is not base._check_input_dim or type(bn).forward is not base.forward:
             return f"{type(bn).__name__} has a forward of its own"
     return "it has hooks or a forward of its own" if has_hooks(bn) else None
 

@@ -184,4 +184,4 @@ def norm_refusal(bn: nn.Module) -> str:
     """Why a batch norm is no unit's."""
     if has_hooks(bn):
         return "it has hooks or a forward of its own"
-    return f"{bn_refusal(bn)} that does more than normalise and activate"
+    return f"{type(bn).__name__} has a forward of its own that does more than normalise and activate"
