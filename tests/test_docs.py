@@ -7,6 +7,7 @@ A block marked ``python`` is run; one marked ``text`` right behind it is what it
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from pathlib import Path
 import pointfuse
 import pytest
 from conftest import ROOT
+
+from benchmarks.models import table
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,6 +111,18 @@ def test_the_pages_hold_what_this_file_looks_for() -> None:
 def test_every_page_can_be_reached_from_the_readme() -> None:
     linked = set(re.findall(r"\]\(docs/([^)#]+)", README.read_text(encoding="utf-8")))
     assert linked == {page.name for page in PAGES if page.parent == ROOT / "docs"}
+
+
+def test_the_table_of_models_is_what_plan_finds() -> None:
+    for package in ("timm", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    page = table.PAGE.read_text(encoding="utf-8")
+    shown = page.partition(table.BEGIN)[2].partition(table.END)[0].strip()
+    made = table.table().strip()
+    if shown.splitlines()[-1] != made.splitlines()[-1]:
+        pytest.skip(f"the table has {shown.splitlines()[-1]}")
+    assert shown == made
 
 
 def test_every_reason_to_leave_a_convolution_alone_is_shown() -> None:

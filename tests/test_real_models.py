@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pointfuse
@@ -12,8 +11,9 @@ import pytest
 import torch
 from models_for_tests import assert_trains_like, gap, images, tensors_of, trained
 from models_for_tests import one_thread as one_thread
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.models.packages import build
 from benchmarks.models.yolov3 import YOLOv3
 
 # Convolutions with a batch norm behind them and, of these, with an activation; from the papers' tables.
@@ -25,63 +25,62 @@ GOOGLENET = 3 + 9 * 6
 INCEPTION_V3 = 5 + 3 * 7 + 4 + 4 * 10 + 6 + 2 * 9
 # Batch norm comes before the convolution in DenseNet, but for the stem and between the two of a dense layer.
 DENSENET121 = 1 + (6 + 12 + 24 + 16)
+DARKNET53 = 1 + 5 + 2 * (1 + 2 + 8 + 8 + 4)
+CSPDARKNET53 = 1 + 5 + 2 * (1 + 2 + 8 + 8 + 4) + 3 * 5
+# The last convolution of each of the 10 + 20 + 10 residual blocks has a bias instead.
+INCEPTION_RESNET_V2 = 244 - (10 + 20 + 10)
+SKRESNET18 = 44 - 8
 
 
-@pytest.fixture(scope="module")
-def models() -> Iterator[Any]:
-    """``torchvision.models``, also where torchvision's own operators were built for another PyTorch."""
-    library = None
+def make(name: str) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": 10}
+    if name in ("torchvision/googlenet", "torchvision/inception_v3"):
+        options["aux_logits"] = False
     try:
-        import torchvision.models
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.models
-    yield torchvision.models
-    del library
-
-
-def build(models: Any, name: str) -> nn.Module:
-    options = {
-        "googlenet": {"aux_logits": False, "init_weights": False},
-        "inception_v3": {"aux_logits": False, "init_weights": False},
-    }
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = getattr(models, name)(weights=None, num_classes=10, **options.get(name, {}))
+        model = build(name, **options)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight)
-    if name == "vgg11_bn":
+    if name == "torchvision/vgg11_bn":
         model.avgpool = nn.AdaptiveAvgPool2d(1)
         model.classifier = nn.Linear(512, 10)
     return model
 
 
+def case(name: str, units: int, convolutions: int, size: int = 33) -> Any:
+    return pytest.param(name, units, convolutions, size, id=name)
+
+
 CASES = [
-    pytest.param("resnet18", RESNET18, 20, 33, id="resnet18"),
-    pytest.param("resnet50", RESNET50, 53, 33, id="resnet50"),
-    pytest.param("mobilenet_v2", MOBILENET_V2, 52, 33, id="mobilenet_v2"),
-    pytest.param("densenet121", DENSENET121, 120, 33, id="densenet121"),
-    pytest.param("vgg11_bn", VGG11, 8, 33, id="vgg11_bn"),
-    pytest.param("googlenet", GOOGLENET, 57, 33, id="googlenet"),
-    pytest.param("inception_v3", INCEPTION_V3, 94, 75, id="inception_v3"),
+    case("torchvision/resnet18", RESNET18, 20),
+    case("torchvision/resnet50", RESNET50, 53),
+    case("torchvision/mobilenet_v2", MOBILENET_V2, 52),
+    case("torchvision/densenet121", DENSENET121, 120),
+    case("torchvision/vgg11_bn", VGG11, 8),
+    case("torchvision/googlenet", GOOGLENET, 57),
+    case("torchvision/inception_v3", INCEPTION_V3, 94, 75),
+    case("timm/darknet53", DARKNET53, 52),
+    case("timm/cspdarknet53", CSPDARKNET53, 67),
+    case("timm/resnet50", RESNET50, 53),
+    case("timm/inception_resnet_v2", INCEPTION_RESNET_V2, 244, 75),
+    case("timm/mobilenetv2_100", MOBILENET_V2, 52),
+    # Two convolutions in each of its 16 squeeze-and-excitation modules have no batch norm.
+    case("timm/efficientnet_b0", 81 - 2 * 16, 81),
+    case("timm/ghostnet_100", 95 - 2 * 7 - 1, 95),
+    # One convolution in each of its 8 selective kernels, that weighs the branches, has no batch norm.
+    case("timm/skresnet18", SKRESNET18, 44),
 ]
 
 
 @pytest.mark.parametrize(("name", "units", "convolutions", "size"), CASES)
-def test_a_torchvision_model_converts_and_reverts(
-    models: Any, name: str, units: int, convolutions: int, size: int
-) -> None:
-    model = build(models, name)
+def test_a_published_model_converts_and_reverts(name: str, units: int, convolutions: int, size: int) -> None:
+    model = trained(make(name))
     x = images(2, 3, size, size)
     plan = pointfuse.plan(model, x)
-    assert sum(u.bn is not None for u in plan.units) == units
-    assert len(plan.units) + len(plan.skipped) == convolutions
+    assert len({u.conv for u in plan.units if u.bn is not None}) == units
+    assert len({u.conv for u in plan.units}) + len(plan.skipped) == convolutions
     assert all(s.reason for s in plan.skipped)
 
     converted = pointfuse.convert(copy.deepcopy(model), x)
@@ -97,16 +96,41 @@ def test_a_torchvision_model_converts_and_reverts(
 @pytest.mark.filterwarnings("ignore:pointfuse")
 @pytest.mark.parametrize("example", [True, False], ids=["with example inputs", "without example inputs"])
 @pytest.mark.parametrize(("name", "units", "convolutions", "size"), CASES)
-def test_a_torchvision_model_freezes(
-    models: Any, name: str, units: int, convolutions: int, size: int, example: bool
-) -> None:
-    model = trained(build(models, name)).eval()
+def test_a_published_model_freezes(name: str, units: int, convolutions: int, size: int, example: bool) -> None:
+    model = trained(make(name)).eval()
     x = images(2, 3, size, size)
     frozen = pointfuse.freeze(model, x if example else None)
     with torch.no_grad():
         exact, expected, actual = copy.deepcopy(model).double()(x.double()), model(x), frozen(x)
     assert gap(actual.double(), exact) <= 2 * gap(expected.double(), exact) + 1e-6
     assert gap(frozen(x), actual) <= 1e-6
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output in training mode, and all gradients and running statistics end to end, in float64."""
+    y = model.train()(x)
+    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    return y.detach().double(), torch.cat([t.double().flatten() for t in (*gradients, *statistics)])
+
+
+@pytest.mark.parametrize(("name", "units", "convolutions", "size"), CASES)
+def test_a_published_model_is_as_accurate_in_bf16(name: str, units: int, convolutions: int, size: int) -> None:
+    model = trained(make(name))
+    x = images(8, 3, size, size)
+    exact = copy.deepcopy(model).double()
+    eager, converted = (m.bfloat16() for m in (copy.deepcopy(model), pointfuse.convert(copy.deepcopy(model), x)))
+    with torch.no_grad():
+        y, expected, actual = (m.eval()(x.to(d)).double() for m, d in forms(exact, eager, converted))
+    assert (actual - y).norm() <= 2 * (expected - y).norm() + 1e-6 * y.norm()
+    reference, *found = (step(m, x.to(d)) for m, d in forms(exact, eager, converted))
+    for y, expected, actual in zip(reference, *found, strict=True):
+        assert (actual - y).norm() <= 2 * (expected - y).norm() + 1e-6 * y.norm()
+
+
+def forms(exact: nn.Module, *others: nn.Module) -> list[tuple[nn.Module, torch.dtype]]:
+    return [(exact, torch.float64), *((m, torch.bfloat16) for m in others)]
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,7 @@ def compare(expected: list[Tensor], actual: list[Tensor]) -> None:
             )
 
 
-def _record(
-    model: nn.Module, example_inputs: ExampleInputs, training: bool, watched: bool = True
-) -> dict[str, Tensor]:
+def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool, watched: bool = True) -> dict[str, Tensor]:
     """Every tensor that the model's modules, or it alone, put out, and its buffers, by name; it is left as it was."""
     values: dict[str, Tensor] = {}
 
