@@ -33,6 +33,9 @@ _MODES = (
     (torch, "is_inference_mode_enabled"),
     (torch, "is_autocast_enabled"),
 )
+# While one traces, torch.fx replaces methods of nn.Module, and ``_only_data_flow`` functions of PyTorch; each puts back
+# what it found, which must not be another trace's.
+_ONE_AT_A_TIME = threading.RLock()
 # What a branch may look at to be a guard: metadata of the host's inputs and arithmetic on it.
 _METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 _METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
@@ -192,7 +195,7 @@ class Tracer(fx.Tracer):
 
     def graph_or_refuse(self) -> fx.Graph:
         try:
-            with _only_data_flow(self.host):
+            with _ONE_AT_A_TIME, _only_data_flow(self.host):
                 return self.trace(self.host)
         except Untraceable:
             raise
