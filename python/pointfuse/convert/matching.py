@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from pointfuse.convert.structure import Site, is_sequential
+from pointfuse.convert.structure import Site, is_sequential, set_mode
 from pointfuse.convert.tracing import Reads, Tracer, Untraceable, compile_graph, names_read
 from pointfuse.folded import FoldedBatchNorm2d, FoldedConv2d
 from pointfuse.modules import BATCH_NORMS, activation_of, bn_refusal, conv_refusal, run_unit
@@ -70,13 +70,13 @@ def trace_host(host: nn.Module, convs: Sequence[str], training: bool, example: d
     modes = [(m, m.training) for m in host.modules()]
     try:
         for m, _ in modes if host.training != training else ():
-            m.__dict__["training"] = training
+            set_mode(m, training)
         reads = Reads(host)
         tracer = Tracer(host, example)
         graph = tracer.graph_or_refuse()
     finally:
         for m, mode in modes:
-            m.__dict__["training"] = mode
+            set_mode(m, mode)
     sites, refusals, uncalled, other_uses = _Fuser(graph, dict(host.named_modules(remove_duplicate=False)), convs).run()
     forward = compile_graph(graph, type(host).__name__)
     guards = tuple(tracer.guards)
