@@ -23,7 +23,7 @@ from pointfuse.convert.hosts import (
     uninstall,
     warn_once,
 )
-from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
+from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, check_kind, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
@@ -152,6 +152,7 @@ def freeze(
         statistics, stay as they are.
     """
     _check(model, "freeze")
+    check_kind(example_inputs)
     if model.training:
         raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
     if cuda_graph:
