@@ -26,11 +26,11 @@ def traced() -> Iterator[None]:
     tracemalloc.stop()
 
 
-def storages() -> dict[int, int]:
-    """By address, the bytes of every storage that a tensor of this process has."""
+def storages() -> set[int]:
+    """The addresses of the storages of this process's tensors."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type == "cpu"]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "cpu"]
+    return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 @pytest.mark.usefixtures("traced")
@@ -41,7 +41,7 @@ def test_a_converted_model_adds_less_than_a_hundredth(model: nn.Module, inplace:
     pointfuse.revert(pointfuse.convert(model))  # what is made once for a process
     tensors, (python, _) = storages(), tracemalloc.get_traced_memory()
     converted = pointfuse.convert(model, inplace=inplace)
-    assert sum(storages().values()) == sum(tensors.values())
+    assert storages() <= tensors
     assert tracemalloc.get_traced_memory()[0] - python <= 0.01 * weights
-    assert all(p.data_ptr() in tensors for p in converted.parameters())
+    assert {p.data_ptr() for p in converted.parameters()} <= tensors
     pointfuse.revert(converted, inplace=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -295,6 +297,36 @@ def test_a_capture_that_fails_leaves_everything_usable(cuda: FakeCuda) -> None:
     assert cuda.stream == "main"
     assert cuda.ended == [(0, POOL)]
     capture(lambda: None, DEVICE)
+
+
+def test_threads_that_call_at_once_share_one_capture(cuda: FakeCuda) -> None:
+    class Shared(GpuCapture):
+        """Captures as ``FakeCapture`` does; takes turns as on a GPU."""
+
+        device_type = "cpu"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = FakeCapture()
+            self.inner.busy = True
+
+        def __call__(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
+            return self.inner(run, device)
+
+    model, capture, together = small_model(), Shared(), threading.Barrier(4)
+    inputs = [torch.randn(1, 3, 5, 5) for _ in range(4)]
+    expected = [model(x) for x in inputs]
+    replay_graphs(model, capture).announce = False
+
+    def work(i: int) -> list[Tensor]:
+        together.wait(timeout=60)
+        return [model(inputs[i]) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, y in zip(pool.map(work, range(4)), expected, strict=True):
+            assert all(torch.equal(one, y) for one in found)
+    assert capture.inner.captured == 1
+    assert capture.inner.replayed == 4 * 20
 
 
 def test_replays_of_one_model_take_turns_across_streams(cuda: FakeCuda) -> None:
