@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 
 FUNCTIONS = [pointfuse.plan, pointfuse.convert, pointfuse.freeze, pointfuse.revert]
 WITH_INPUTS = FUNCTIONS[:3]
+IN_PLACE = [functools.partial(f, inplace=True) for f in (pointfuse.convert, pointfuse.freeze)]
 
 
 def name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        return f"{function.func.__name__} in place"
     return function.__name__
 
 
@@ -143,7 +147,7 @@ WRONG_INPUTS = {
 
 
 @pytest.mark.parametrize(("given", "error", "message", "note"), WRONG_INPUTS.values(), ids=WRONG_INPUTS)
-@pytest.mark.parametrize("function", WITH_INPUTS, ids=name)
+@pytest.mark.parametrize("function", [*WITH_INPUTS, *IN_PLACE], ids=name)
 def test_inputs_that_the_model_refuses_are_described(
     function: Any, given: Callable[[], Any], error: type[Exception], message: str, note: str, intact: Intact
 ) -> None:
