@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import threading
 from collections.abc import Iterator
@@ -264,6 +266,69 @@ def test_graphs_of_one_model_may_be_replayed_on_several_streams() -> None:
     torch.cuda.synchronize()
     for i, y in enumerate(outputs):
         assert (y - expected[i % 2]).abs().max() < 0.05 * expected[i % 2].abs().max()
+
+
+@pytest.mark.parametrize("form", ["converted", "frozen", "frozen with graphs of its own"])
+def test_a_whole_model_is_captured_in_the_callers_graph(form: str) -> None:
+    """One that has graphs of its own runs without them where a capture is under way."""
+    model, x = stack(), torch.randn(2, 1024, 13, 13, dtype=torch.bfloat16)
+    if form == "converted":
+        made = pointfuse.convert(model)
+    else:
+        made = pointfuse.freeze(model, x, cuda_graph=form != "frozen")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        made(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = made(x)
+    for _ in range(2):
+        x.normal_()
+        graph.replay()
+        expected = model(x)
+        assert (y - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_graphed_callables_train_a_converted_model() -> None:
+    model = pointfuse.convert(stack()).train()
+    graphed = copy.deepcopy(model)
+    x = torch.randn(4, 1024, 13, 13, dtype=torch.bfloat16)
+    expected = step(model, x)
+    with torch.enable_grad():
+        graphed = torch.cuda.make_graphed_callables(graphed, (x.clone().requires_grad_(),))
+    for actual, right in zip(step(graphed, x), expected, strict=True):
+        assert (actual - right).abs().max() <= 0.05 * right.abs().max()
+
+
+def test_one_model_runs_on_several_streams_at_once() -> None:
+    model = pointfuse.convert(stack())
+    inputs = [torch.randn(batch, 1024, 13, 13, dtype=torch.bfloat16) for batch in (1, 2, 8)]
+    expected, outputs = [model(x) for x in inputs], []
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for stream, x in zip(streams, inputs, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs.append([model(x) for _ in range(10)])
+    torch.cuda.synchronize()
+    for found, right in zip(outputs, expected, strict=True):
+        assert all((y - right).abs().max() < 0.05 * right.abs().max() for y in found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "cuda graph"])
+def test_a_frozen_model_moves_to_another_device(cuda_graph: bool) -> None:
+    model, x = stack(), torch.randn(1, 1024, 13, 13, dtype=torch.bfloat16)
+    frozen, expected = pointfuse.freeze(model, x, cuda_graph=cuda_graph), model(x)
+    for device in ("cuda:1", "cuda:0"):
+        frozen.to(device)
+        announced = pytest.warns(pointfuse.NewShapeWarning) if cuda_graph else contextlib.nullcontext()
+        with announced:
+            y = frozen(x.to(device))
+        assert y.device == torch.device(device)
+        assert torch.cuda.current_device() == 0
+        assert (y.to("cuda:0") - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +30,7 @@ class FakeCapture:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self.forgotten = 0
         self.busy = False
 
     def __call__(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
@@ -43,6 +46,9 @@ class FakeCapture:
                     old.copy_(new)
 
         return replay, outputs
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     @contextmanager
     def in_turn(self, device: torch.device) -> Iterator[None]:
@@ -209,6 +215,7 @@ def test_graphs_are_forgotten_when_tensors_are_replaced(graphed: tuple[nn.Module
     assert len(made) == 0
     assert model(x.double()).dtype == torch.float64
     assert capture.captured == 3
+    assert capture.forgotten == 2
 
 
 def test_a_graphed_model_is_the_model_otherwise(graphed: tuple[nn.Module, FakeCapture, ShapeGraphs]) -> None:
@@ -295,6 +302,47 @@ def test_a_capture_that_fails_leaves_everything_usable(cuda: FakeCuda) -> None:
     assert cuda.stream == "main"
     assert cuda.ended == [(0, POOL)]
     capture(lambda: None, DEVICE)
+
+
+def test_graphs_share_a_pool_until_none_is_left(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture, pools = GpuCapture(), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(1) or POOL)
+    for count in (1, 1):
+        capture(lambda: None, DEVICE)
+        assert len(pools) == count
+    ShapeGraphs(capture).clear()
+    capture(lambda: None, DEVICE)
+    assert len(pools) == 2
+
+
+def test_threads_that_call_at_once_share_one_capture(cuda: FakeCuda) -> None:
+    class Shared(GpuCapture):
+        """Captures as ``FakeCapture`` does; takes turns as on a GPU."""
+
+        device_type = "cpu"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = FakeCapture()
+            self.inner.busy = True
+
+        def __call__(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
+            return self.inner(run, device)
+
+    model, capture, together = small_model(), Shared(), threading.Barrier(4)
+    inputs = [torch.randn(1, 3, 5, 5) for _ in range(4)]
+    expected = [model(x) for x in inputs]
+    replay_graphs(model, capture).announce = False
+
+    def work(i: int) -> list[Tensor]:
+        together.wait(timeout=60)
+        return [model(inputs[i]) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, y in zip(pool.map(work, range(4)), expected, strict=True):
+            assert all(torch.equal(one, y) for one in found)
+    assert capture.inner.captured == 1
+    assert capture.inner.replayed == 4 * 20
 
 
 def test_replays_of_one_model_take_turns_across_streams(cuda: FakeCuda) -> None:

@@ -15,6 +15,10 @@ NO_TRAINING = (
     "a frozen model cannot be trained: its batch norms are folded into its weights; train the model that was given to "
     "freeze, or one made by pointfuse.convert"
 )
+NO_LOADING = (
+    "this model is frozen, and the state_dict is not of a frozen model: load it into the model that was given to "
+    "pointfuse.freeze, and freeze that again"
+)
 
 
 class FoldedConv2d(nn.Module):
@@ -116,13 +120,16 @@ class FoldedConv2d(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
-        if self._packed is None:
-            return self._buffers["folded_weight"]  # type: ignore[return-value]  # an attribute costs 1 us
+        weight = self._buffers.get("folded_weight")  # an attribute costs 1 us
+        if weight is not None:
+            return weight
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise RuntimeError(
                 "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
             )
-        return self._packed.to_dense()
+        assert self._packed is not None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._packed.to_dense()
 
     def train(self, mode: bool = True) -> FoldedConv2d:
         if mode:
@@ -143,16 +150,19 @@ class FoldedConv2d(nn.Module):
     def _packed_for(self, x: Tensor) -> Tensor | None:
         if not self.packable or not aten.onednn_accepts(x):
             return None
+        # Before what is packed, which other threads set first and drop the plain weight then.
+        weight = self._buffers.get("folded_weight")
         packed = self._packed
         if packed is None:
-            weight, geometry = self.folded_weight, self.geometry
+            assert weight is not None
+            geometry = self.geometry
             fits = x.dtype == weight.dtype and x.shape[1] == self.in_channels
             if not fits or not geometry.well_formed or not aten.onednn_takes_dtype(x.dtype):
                 return None
-            packed = aten.pack(weight, geometry, x.shape)
+            with torch.inference_mode(False), torch.no_grad():
+                packed = aten.pack(weight, geometry, x.shape)
             if packed is None:
                 return None
-            # In this order, so that a second thread finds one or the other.
             self._packed = packed
             self._buffers.pop("folded_weight", None)
         return packed if packed.dtype == x.dtype else None

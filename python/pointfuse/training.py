@@ -344,6 +344,7 @@ def _fits(
         or x.dim() != 4
         or weight.dim() != 4
         or x.layout is not torch.strided
+        or x.is_meta  # which has no autocast to ask about, and nothing to gain
         or not geometry.well_formed
         or weight.shape[0] % geometry.groups
         or x.shape[1] != weight.shape[1] * geometry.groups

@@ -29,9 +29,19 @@ NAMES = ("auto", "cuda", "triton", "aten")
 VARIABLE = "POINTFUSE_BACKEND"
 STRICT_VARIABLE = "POINTFUSE_STRICT"
 
+
+def _as_flag(variable: str) -> bool:
+    value = os.environ.get(variable) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable}={value}: it must be 0 or 1, or not be set")
+    return value == "1"
+
+
 # Plain globals, as torch.backends' flags are: torch.compile guards on them, where it cannot read a ContextVar.
 _requested = os.environ.get(VARIABLE) or "auto"
-_strict = os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
+_strict = _as_flag(STRICT_VARIABLE)
+# Those of the blocks of use_backend that have not ended, in the order of their beginning, behind the run's own.
+_choices: dict[object, tuple[str, bool]] = {}
 _preferred: dict[str, Preferred] = {}
 _announced: set[tuple[str, str]] = set()
 
@@ -71,12 +81,18 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     _check(name, f"use_backend({name!r})")
     if name not in ("auto", "aten"):
         _prefer(name)  # a graph that found it missing would be compiled again
-    before = _requested, _strict
-    _requested, _strict = name, strict
+    if not _choices:
+        _choices[None] = _requested, _strict
+    block = object()
+    _requested, _strict = _choices[block] = name, strict
     try:
         yield
     finally:
-        _requested, _strict = before
+        # Blocks of several threads may end in another order than that of their beginning.
+        del _choices[block]
+        _requested, _strict = list(_choices.values())[-1]
+        if len(_choices) == 1:
+            _choices.clear()
 
 
 class Preferred:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pointfuse.backends import fallback_reason
 from pointfuse.convert import graphs, verification
@@ -21,7 +22,17 @@ from pointfuse.convert.hosts import (
     uninstall,
     warn_once,
 )
-from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, install_hosts, summarise
+from pointfuse.convert.planning import (
+    ExampleInputs,
+    HostPlan,
+    Plan,
+    Skipped,
+    Unit,
+    analyse,
+    check_kind,
+    install_hosts,
+    summarise,
+)
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
@@ -75,15 +86,16 @@ def convert(
     _announce_fallback(model)
     if verify and example_inputs is None:
         raise ValueError("verify=True runs the models: pass example_inputs")
+    if verify:
+        _need_numbers(model, "convert(verify=True)")
     target = model if inplace and not verify else _copy(model)
     found = analyse(target, example_inputs)
     _install(found, recompute)
     if not any(h.sites for h in found) and not any(isinstance(m, ConvBNAct2d) for m in model.modules()):
-        warnings.warn(
-            "pointfuse.convert found no unit in this model; pointfuse.plan(model) lists the reason of each convolution",
-            UserWarning,
-            stacklevel=2,
-        )
+        why = "pointfuse.plan(model) lists the reason of each convolution"
+        if any(isinstance(m, FoldedConv2d) for m in model.modules()):
+            why = "it is frozen, and its units run fused already"
+        warnings.warn(f"pointfuse.convert found no unit in this model; {why}", UserWarning, stacklevel=2)
     if verify:
         verification.verify(model, target, example_inputs)
         if inplace:
@@ -149,6 +161,7 @@ def freeze(
         statistics, stay as they are.
     """
     _check(model, "freeze")
+    check_kind(example_inputs)
     if model.training:
         raise RuntimeError("freeze needs a model in evaluation mode: call model.eval() first")
     if cuda_graph:
@@ -159,12 +172,15 @@ def freeze(
         raise ValueError(f"memory_format is {memory_format}; it must be torch.channels_last or torch.contiguous_format")
     _announce_fallback(model)
     expected = None if example_inputs is None else verification.outputs(model, example_inputs)
+    _need_numbers(model, "freeze")
     originals = set() if inplace else {id(t) for t in (*model.parameters(), *model.buffers())}
     model = model if inplace else _copy(model)
     found = analyse(model, example_inputs)
     channels_last = memory_format == torch.channels_last
-    freeze_hosts(model, found, pack and channels_last, channels_last)
-    own_tensors(model, originals)
+    # Tensors made in inference mode could not be loaded into outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        freeze_hosts(model, found, pack and channels_last, channels_last)
+        own_tensors(model, originals)
     model.requires_grad_(False)
     refuse_training(model)
     for device in {t.device for t in model.buffers() if t.is_cuda}:
@@ -206,6 +222,18 @@ def _check(model: nn.Module, function: str) -> None:
         raise TypeError(f"this model is a ScriptModule: call pointfuse.{function} on the Python model it was made from")
 
 
+def _need_numbers(model: nn.Module, function: str) -> None:
+    """Raise ``ValueError`` where a tensor of the model has no numbers that could be read."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"pointfuse.{function} reads the weights, and {name} is uninitialised: run the model once")
+        if tensor.is_meta:
+            raise ValueError(
+                f"pointfuse.{function} reads the weights, and {name} is on the meta device, without numbers: call "
+                "model.to_empty(device=...) and load a state_dict first"
+            )
+
+
 def _install(found: list[HostPlan], recompute: bool) -> None:
     for host in found:
         if recompute:
@@ -215,6 +243,13 @@ def _install(found: list[HostPlan], recompute: bool) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        warnings.warn(
+            "pointfuse: modules of this model were compiled by their method compile(), which their copies are not: "
+            "call it on what is returned",
+            UserWarning,
+            stacklevel=3,
+        )
     try:
         return shared_copy(model)
     except Exception as error:

@@ -37,6 +37,9 @@ class Capture(Protocol):
     def in_turn(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, no other replay runs, on the host or on the device: graphs share their memory."""
 
+    def forget(self) -> None:
+        """No graph is left of what was recorded."""
+
 
 class GpuCapture:
     """Captures into CUDA graphs with one memory pool."""
@@ -76,6 +79,10 @@ class GpuCapture:
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
 
+    def forget(self) -> None:
+        # The allocator refuses another capture into a pool that no graph uses any more, while a tensor is left in it.
+        self._pool = None
+
     @contextmanager
     def in_turn(self, device: torch.device) -> Iterator[None]:
         with self._lock:
@@ -113,6 +120,7 @@ class ShapeGraphs:
     def clear(self) -> None:
         """Forget every graph: the model's tensors are about to be replaced."""
         self._graphs.clear()
+        self._capture.forget()
         self._full = False
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

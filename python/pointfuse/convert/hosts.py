@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from pointfuse.convert.graphs import Capture, ShapeGraphs
 from pointfuse.convert.matching import Trace, trace_host
 from pointfuse.convert.sequences import Run, last_of_sequence, run_sequence, runs_of, unit_site
-from pointfuse.convert.structure import Site, is_sequential
+from pointfuse.convert.structure import Site, is_sequential, set_mode
 from pointfuse.convert.tails import call_and_add
 from pointfuse.convert.tracing import Untraceable
-from pointfuse.folded import NO_TRAINING
+from pointfuse.folded import NO_LOADING, NO_TRAINING
 from pointfuse.modules import ConvBNAct2d, activation_of, run_unit
 
 _TRACES = "_pointfuse_traces"
@@ -29,6 +29,7 @@ _EXAMPLE = "_pointfuse_example"
 _STALE = "_pointfuse_stale"
 _RUNS = "_pointfuse_runs"
 _GRAPHS = "_pointfuse_graphs"
+_OURS = (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS)
 # A forward that reads an attribute which changes on every call is not worth tracing again and again.
 _MAX_STALE = 8
 
@@ -56,6 +57,45 @@ class _Host:
             _trace_again(self)  # type: ignore[arg-type]
 
 
+def _in_own_way(self: Any, *args: Any) -> tuple[Any, ...]:
+    """For ``__reduce_ex__`` of a class that has a way of its own to be copied, as ``torch.fx.GraphModule`` has.
+
+    That way may look at the class, so it is asked of a twin that was never converted.
+    """
+    return _convert_again, (_twin(self), self._pointfuse_kind, self.__dict__.get(_EXAMPLE))
+
+
+def _deepcopy_in_own_way(self: Any, memo: dict[int, Any]) -> Any:
+    plain, example = copy.deepcopy(_twin(self), memo), copy.deepcopy(self.__dict__.get(_EXAMPLE), memo)
+    return _convert_again(plain, self._pointfuse_kind, example)
+
+
+def _twin(host: Any) -> Any:
+    """The module before conversion: another object with the same attributes, children and tensors."""
+    twin = object.__new__(host._pointfuse_class)
+    twin.__dict__ = {k: v for k, v in host.__dict__.items() if k not in _OURS}
+    return twin
+
+
+def _convert_again(module: nn.Module, kind: tuple[bool, bool, bool], example: dict[str, Any] | None) -> nn.Module:
+    _set_class(module, *kind)
+    if module._pointfuse_forward is not nn.Sequential.forward and kind[0]:
+        module.__dict__[_EXAMPLE] = example
+        _trace_again(module)
+    return module
+
+
+class _Recompiled:
+    """Is converted again when new code is made for it, as ``torch.fx.GraphModule`` does when its graph has changed."""
+
+    def recompile(self) -> Any:
+        kind, example = self._pointfuse_kind, self.__dict__.get(_EXAMPLE)  # type: ignore[attr-defined]
+        uninstall(self)  # type: ignore[arg-type]  # the code becomes the forward of the class
+        code = self.recompile()
+        _convert_again(self, kind, example)  # type: ignore[arg-type]
+        return code
+
+
 class _Frozen:
     """Refuses training before any module inside has changed its mode."""
 
@@ -63,6 +103,14 @@ class _Frozen:
         if mode:
             raise RuntimeError(NO_TRAINING)
         return super().train(mode)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if not any(key.endswith("folded_weight") for key in state_dict):
+                error.add_note(NO_LOADING)
+            raise
 
 
 class _Graphed:
@@ -181,13 +229,15 @@ def _trace_again(module: nn.Module) -> Trace | None:
     return trace
 
 
+_REDUCTIONS = ("__reduce__", "__reduce_ex__")
 _CLASSES: dict[tuple[type[nn.Module], bool, bool, bool], type[nn.Module]] = {}
 
 
 def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -> type[nn.Module]:
     """The subclass of an unconverted class whose forward runs ``fused``, that refuses to train, or replays graphs."""
     made = _CLASSES.get((cls, fused, frozen, graphed))
-    if made is not None:
+    # A class whose forward has been replaced since is as good as another.
+    if made is not None and made._pointfuse_forward is cls.forward:  # type: ignore[attr-defined]
         return made
     body: dict[str, Any] = {
         "__module__": cls.__module__,
@@ -204,8 +254,12 @@ def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -
     if graphed:
         body["_pointfuse_ungraphed"] = body.get("forward", cls.forward)
         body["forward"] = functools.wraps(cls.forward)(_graphed_forward)
-    bases = (*((_Graphed,) if graphed else ()), *((_Frozen,) if frozen else ()), _Host, cls)
-    return _CLASSES.setdefault((cls, fused, frozen, graphed), type(cls.__name__, bases, body))
+    if hasattr(cls, "__deepcopy__") or any(getattr(cls, n) is not getattr(object, n) for n in _REDUCTIONS):
+        body["__reduce_ex__"], body["__deepcopy__"] = _in_own_way, _deepcopy_in_own_way
+    mixed_in = ((_Graphed, graphed), (_Frozen, frozen), (_Recompiled, hasattr(cls, "recompile")), (_Host, True))
+    bases = (*(base for base, taken in mixed_in if taken), cls)
+    made = _CLASSES[cls, fused, frozen, graphed] = type(cls.__name__, bases, body)
+    return made
 
 
 def is_host(module: nn.Module) -> bool:
@@ -253,7 +307,7 @@ def graphs_of(module: nn.Module) -> ShapeGraphs:
 
 def uninstall(module: nn.Module) -> None:
     """Give one converted module its own class back."""
-    for name in (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS):
+    for name in _OURS:
         module.__dict__.pop(name, None)
     module.__class__ = own_class(module)
 
@@ -303,7 +357,18 @@ def tail_of(
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the model's structure that shares its parameters, buffers and other tensors."""
     held = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *held)})
+    copied = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers(), *held)})
+    copies = dict(copied.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if name not in copies:  # a class may copy itself in a way of its own
+            continue
+        set_mode(copies[name], module.training)  # which torchvision's feature extractors forget
+        if isinstance(module, torch.jit.ScriptModule):  # which copies its tensors whatever it is told
+            code: Any = copies[name]._c
+            for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    code.setattr(tensor_name, tensor)
+    return copied
 
 
 def _restore(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool = False) -> nn.Module:

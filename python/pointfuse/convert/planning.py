@@ -16,7 +16,15 @@ from pointfuse.backends import backend_for
 from pointfuse.convert.hosts import install, tail_of, trace_both
 from pointfuse.convert.matching import Sum, Trace
 from pointfuse.convert.sequences import match_sequential, unit_site
-from pointfuse.convert.structure import Site, has_no_forward, hosts, is_sequential, original_forward, own_children
+from pointfuse.convert.structure import (
+    Site,
+    has_no_forward,
+    hosts,
+    is_sequential,
+    original_forward,
+    own_children,
+    set_mode,
+)
 from pointfuse.folded import FoldedConv2d
 from pointfuse.modules import ConvBNAct2d, bn_refusal, conv_refusal
 from pointfuse.problem import IDENTITY
@@ -111,10 +119,12 @@ class HostPlan:
 
 def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[HostPlan]:
     """The hosts of a model. Changes nothing that outlives the call."""
+    check_kind(example_inputs)
     if isinstance(model, nn.Conv2d):
         return [HostPlan("", model, (), {"": "it is the whole model, and nothing follows it"}, {}, None)]
     owners = {id(module): convs for _, module, convs in hosts(model)}
-    modules = {id(m): (name, m) for name, m in model.named_modules() if not has_no_forward(m)}
+    named = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modules = {id(m): (name, m) for name, m in named if not has_no_forward(m)}
     traced = [m for _, m in modules.values() if next(m.children(), None) and not is_sequential(m)]
     examples = {} if example_inputs is None or not owners else _host_inputs(model, traced, example_inputs)
     found: dict[int, HostPlan] = {}
@@ -131,7 +141,9 @@ def analyse(model: nn.Module, example_inputs: ExampleInputs = None) -> list[Host
             traces, _ = trace_both(module, (), examples.get(key), traces_of)
             if any(trace is not None and trace.sums for trace in traces.values()):
                 found[key] = HostPlan(name, module, (), {}, {}, traces, examples.get(key))
-    return [found[key] for key in modules if key in found]
+    others = {name: reason for name, m in model.named_modules() if (reason := _other_kind(m))}
+    in_order = [found[key] for key in modules if key in found]
+    return [*in_order, HostPlan("", model, (), others, {}, None)] if others else in_order
 
 
 def install_hosts(found: list[HostPlan]) -> None:
@@ -168,14 +180,18 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Call a model with example inputs: one tensor, a tuple or list of arguments, or a dict of keyword arguments."""
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    raise TypeError(
-        f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple or list of the model's "
-        "arguments, or a dict of keyword arguments"
-    )
+    return model(example_inputs) if isinstance(example_inputs, Tensor) else model(*(example_inputs or ()))
+
+
+def check_kind(example_inputs: Any) -> None:
+    """Raise ``TypeError`` unless example inputs are something that a model can be called with."""
+    if isinstance(example_inputs, torch.Size):
+        raise TypeError("example_inputs is a shape (torch.Size); pass a tensor of it, such as torch.zeros(shape)")
+    if not isinstance(example_inputs, Tensor | tuple | list | dict | None):
+        raise TypeError(
+            f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple or list of the model's "
+            "arguments, or a dict of keyword arguments"
+        )
 
 
 def run_quietly(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -183,15 +199,57 @@ def run_quietly(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     modes = [(m, m.training) for m in model.modules()]
     try:
         for m, _ in modes:
-            m.__dict__["training"] = False
+            set_mode(m, False)
         with torch.no_grad(), fork_rng(model):
             return call(model, example_inputs)
     except Exception as error:
-        error.add_note("raised while running the model on example_inputs")
+        error.add_note(
+            f"raised while running the model on example_inputs, which are {_described(example_inputs)}; the model's "
+            f"tensors are {_kinds(model)}: pass what the model itself can be called with"
+        )
         raise
     finally:
         for m, mode in modes:
-            m.__dict__["training"] = mode
+            set_mode(m, mode)
+
+
+def _described(example_inputs: ExampleInputs) -> str:
+    """Example inputs by shape, dtype and device, or by type, for an error message."""
+
+    def one(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return f"a {type(value).__name__}"
+        return f"{'x'.join(map(str, value.shape)) or 'a scalar'} {_dtype(value)} on {value.device}"
+
+    if isinstance(example_inputs, dict):
+        return "{" + ", ".join(f"{name}: {one(value)}" for name, value in example_inputs.items()) + "}"
+    if isinstance(example_inputs, Tensor) or example_inputs is None:
+        return one(example_inputs)
+    return "(" + ", ".join(map(one, example_inputs)) + ")"
+
+
+def _kinds(model: nn.Module) -> str:
+    """The dtypes and devices of a model's floating-point tensors, for an error message."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return ", ".join(dict.fromkeys(f"{_dtype(t)} on {t.device}" for t in tensors)) or "none"
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _other_kind(module: nn.Module) -> str | None:
+    """Why a convolution that is no ``nn.Conv2d`` any more is left alone, or ``None`` for any other module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript: convert the Python module that it was made from" if _is_conv(module) else None
+    path = f"{type(module).__module__}.{type(module).__name__}"
+    quantized = path.startswith("torch.ao.nn.") and ".quantized." in path and not isinstance(module, nn.Conv2d)
+    return f"it is quantized ({path}), not an nn.Conv2d" if quantized and _is_conv(module) else None
+
+
+def _is_conv(module: nn.Module) -> bool:
+    name = getattr(module, "original_name", type(module).__name__)
+    return name in ("Conv2d", "ConvReLU2d", "ConvAdd2d", "ConvAddReLU2d")
 
 
 def fork_rng(model: nn.Module) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pointfuse.folded import FoldedConv2d
@@ -39,13 +40,23 @@ class Site:
 
 
 def original_forward(module: nn.Module) -> Any:
-    """The forward of the module's own class, also where conversion put another in its place."""
+    """The forward of the module's own class, also where conversion put another in its place; TorchScript's is none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     return getattr(type(module), "_pointfuse_forward", type(module).forward)
 
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether the order of the children is the module's whole forward."""
     return original_forward(module) is nn.Sequential.forward and "forward" not in module.__dict__
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Set one module's mode and no child's, whatever its class does when a mode is set."""
+    if isinstance(module, torch.jit.ScriptModule):
+        module.training = training  # which its code reads elsewhere
+    else:
+        module.__dict__["training"] = training
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pointfuse.convert.structure import has_no_forward, is_sequential, original_forward, own_children
+from pointfuse.convert.structure import has_no_forward, is_sequential, original_forward, own_children, set_mode
 from pointfuse.modules import has_hooks
 
 _MODES = (
@@ -39,7 +39,8 @@ _METADATA_ATTRIBUTES = ("shape", "ndim", "dtype")
 
 
 _MATH = frozenset({"math", *dir(math)})
-# Tracing patches classes for the whole process, which two threads at once would restore in the wrong order.
+# While one traces, torch.fx replaces methods of nn.Module, and ``_only_data_flow`` functions of PyTorch; each puts back
+# what it found, which must not be another trace's.
 ONE_AT_A_TIME = threading.RLock()
 
 
@@ -298,11 +299,11 @@ def in_mode(host: nn.Module, training: bool) -> Iterator[None]:
     modes = [(m, m.training) for m in host.modules()]
     try:
         for m, _ in modes if host.training != training else ():
-            m.__dict__["training"] = training
+            set_mode(m, training)
         yield
     finally:
         for m, mode in modes:
-            m.__dict__["training"] = mode
+            set_mode(m, mode)
 
 
 class _NoTensorWork(TorchDispatchMode):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pointfuse.convert.planning import ExampleInputs, call, fork_rng, run_quietly
+from pointfuse.convert.structure import set_mode
 
 # Largest difference over the largest magnitude, by dtype. For fp32 and fp64 far below what a wrong unit gives; in half
 # precision deep networks amplify rounding (YOLOv3 in bf16: eager is 0.1 from float64), and only gross errors show.
@@ -99,12 +100,16 @@ def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool, wat
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 values[f"output {i} of {name or 'the model'}"] = leaf.detach().clone()
 
-    # Only modules with children: the leaves of a unit are not called any more.
-    parents = [(n, m) for n, m in model.named_modules() if watched and next(m.children(), None) is not None]
+    # Only modules with children: the leaves of a unit are not called any more. TorchScript takes no hooks.
+    parents = [
+        (n, m)
+        for n, m in model.named_modules()
+        if watched and next(m.children(), None) is not None and not isinstance(m, torch.jit.ScriptModule)
+    ]
     handles = [m.register_forward_hook(lambda _, args, output, name=n: note(name, output)) for n, m in parents]
     with _left_as_it_was(model), torch.set_grad_enabled(training):
         for m in model.modules():
-            m.__dict__["training"] = training
+            set_mode(m, training)
         try:
             note("", call(model, example_inputs))
         finally:
@@ -127,7 +132,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 for buffer, before in buffers:
                     buffer.copy_(before)
             for m, mode in modes:
-                m.__dict__["training"] = mode
+                set_mode(m, mode)
 
 
 def _difference(mode: str, name: str, expected: Tensor, actual: Tensor) -> Difference:
