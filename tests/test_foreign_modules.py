@@ -13,9 +13,10 @@ import pytest
 import torch
 from models_for_tests import ConvBNAct, assert_trains_like, gap, images, trained, unit
 from models_for_tests import one_thread as one_thread
-from test_real_models import models as models
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+
+from benchmarks.models.packages import package
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:pointfuse.convert found no unit"),
@@ -225,6 +226,14 @@ def test_a_graph_is_pickled_and_stays_what_it_is(form: Callable[..., nn.Module])
             loaded.train()
     else:
         assert type(pointfuse.revert(loaded)).__mro__[1] is fx.GraphModule
+
+
+@pytest.fixture
+def models() -> Any:
+    try:
+        return package("torchvision.models")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def test_a_feature_extractor_keeps_its_mode_and_follows_when_it_is_switched(models: Any) -> None:
