@@ -29,7 +29,7 @@ def traced() -> Iterator[None]:
 def storages() -> set[int]:
     """The addresses of the storages of this process's tensors."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "cpu"]
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"]
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
