@@ -120,6 +120,11 @@ class FoldedConv2d(nn.Module):
             )
         return self._packed.to_dense()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script takes no frozen model: use torch.jit.trace, or script the model before freeze"
+        )
+
     def train(self, mode: bool = True) -> FoldedConv2d:
         if mode:
             raise RuntimeError(NO_TRAINING)

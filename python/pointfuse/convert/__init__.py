@@ -20,12 +20,11 @@ from pointfuse.convert.hosts import (
     replay_graphs,
     shared_copy,
     uninstall,
-    warn_once,
 )
 from pointfuse.convert.planning import ExampleInputs, HostPlan, Plan, Skipped, Unit, analyse, summarise
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
-from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
+from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute, warn_once
 
 __all__ = ["NewShapeWarning", "Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
 
@@ -209,9 +208,10 @@ def _check(model: nn.Module, function: str) -> None:
 
 def _install(found: list[HostPlan], recompute: bool) -> None:
     for host in found:
-        if recompute:
+        if recompute and host.sites:
             for site in host.sites:
                 set_recompute(host.module.get_submodule(site.conv))
+            set_recompute(host.module)
         if host.sites and not isinstance(host.module, ConvBNAct2d):
             install(host.module, host.traces, host.example)
 

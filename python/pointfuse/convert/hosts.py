@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from pointfuse.convert.matching import Trace, trace_host
 from pointfuse.convert.structure import run_sequence, runs_of
 from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_TRAINING
+from pointfuse.modules import leave_to_compiler, refuse_scripting, warn_once
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
@@ -36,6 +37,8 @@ class _Host:
     _pointfuse_class: type[nn.Module]
     _pointfuse_forward: Callable[..., Any]
     _pointfuse_kind: tuple[bool, bool, bool]
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the own class's: a registry of its subclasses is not to hold ours."""
@@ -82,6 +85,8 @@ def _graphed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _sequential_forward(self: Any, input: Any) -> Any:
     if torch.compiler.is_compiling():
+        if not is_frozen(self):
+            leave_to_compiler(self)
         return self._pointfuse_forward(input)
     children = tuple(self._modules.values())
     cached = self.__dict__.get(_RUNS)
@@ -93,6 +98,8 @@ def _sequential_forward(self: Any, input: Any) -> Any:
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # The compiler is given the module's own forward: it fuses by itself, and its guards are its own.
     if torch.compiler.is_compiling():
+        if not is_frozen(self):
+            leave_to_compiler(self)
         return self._pointfuse_forward(*args, **kwargs)
     trace = self.__dict__[_TRACES].get(self.training)
     if trace is not None:
@@ -156,12 +163,21 @@ def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -
     }
     if fused:
         own = _sequential_forward if cls.forward is nn.Sequential.forward else _traced_forward
-        body["forward"] = functools.wraps(cls.forward)(own)
+        body["forward"] = _in_place_of(cls.forward, own)
     if graphed:
         body["_pointfuse_ungraphed"] = body.get("forward", cls.forward)
-        body["forward"] = functools.wraps(cls.forward)(_graphed_forward)
+        body["forward"] = _in_place_of(cls.forward, _graphed_forward)
     bases = (*((_Graphed,) if graphed else ()), *((_Frozen,) if frozen else ()), _Host, cls)
     return _CLASSES.setdefault((cls, fused, frozen, graphed), type(cls.__name__, bases, body))
+
+
+def _in_place_of(forward: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``ours`` that is known by the name and the signature of ``forward``.
+
+    Its code is a copy too: torch.compile counts recompilations by code, and classes are not to share one limit.
+    """
+    copied = types.FunctionType(ours.__code__.replace(), ours.__globals__)
+    return functools.wraps(forward)(copied)
 
 
 def is_host(module: nn.Module) -> bool:
@@ -243,9 +259,3 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def _restore(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool = False) -> nn.Module:
     kind = host_class(cls, fused, frozen, graphed)
     return kind.__new__(kind)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn, the first time in the process that this is to be said."""
-    warnings.warn(f"pointfuse: {message}", UserWarning, stacklevel=3)
