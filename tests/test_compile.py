@@ -81,6 +81,37 @@ def test_there_is_one_graph_and_no_break(make: Any, form: Any) -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.parametrize(("make", "form"), TRAINED.values(), ids=TRAINED)
+def test_the_compiler_is_given_the_graph_of_the_model_before_conversion(make: Any, form: Any, training: bool) -> None:
+    """Operator by operator, forward and backward: compiled code is as fast as if the model were not converted."""
+    model = make().train(training)
+    assert operators(form(copy.deepcopy(model)), training) == operators(model, training)
+
+
+def operators(model: nn.Module, training: bool) -> list[list[str]]:
+    """The operators of the graphs that a compiler gets of a call, and in training of its backward."""
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, example: Any) -> torch.fx.GraphModule:
+        graphs.append([f"{node.target} {node.meta['val'].stride()}" for node in graph.graph.nodes if computes(node)])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    with torch.set_grad_enabled(training):
+        y = compiled(images().double())
+    if training:
+        y.sum().backward()
+    assert len(graphs) == 1 + training
+    return graphs
+
+
+def computes(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+
+
 @pytest.mark.parametrize(("marked", "graphs"), [(True, 1), (False, 2)], ids=["marked dynamic", "found dynamic"])
 @pytest.mark.parametrize(("make", "form"), FORMS.values(), ids=FORMS)
 def test_inference_of_any_batch_is_compiled_once(make: Any, form: Any, marked: bool, graphs: int) -> None:
@@ -375,7 +406,9 @@ def test_live_units_are_left_to_the_compiler_and_that_is_said(form: Any) -> None
     model = plain_unit().eval().float()
     compiled, counter = counted(form(copy.deepcopy(model)))
     with torch.no_grad(), pointfuse.use_backend("triton"):
-        with pytest.warns(FallbackWarning, match=r"own operators; pointfuse\.freeze\(\.\.\., pack=False\) has the"):
+        with pytest.warns(
+            FallbackWarning, match=r"own operators; torch\.compile and torch\.export put the kernels into"
+        ):
             assert gap(compiled(images()), model(images())) <= 1e-6
         with warnings.catch_warnings():
             warnings.simplefilter("error", FallbackWarning)
@@ -383,7 +416,7 @@ def test_live_units_are_left_to_the_compiler_and_that_is_said(form: Any) -> None
         assert not any(kernels(counter))
         with (
             pointfuse.use_backend("triton", strict=True),
-            pytest.raises(RuntimeError, match=r"the triton backend does not serve this call: torch\.compile and"),
+            pytest.raises(RuntimeError, match="the triton backend does not serve this call: a graph of a converted"),
         ):
             compiled(images())
 

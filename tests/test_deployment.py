@@ -7,6 +7,8 @@ import io
 import os
 import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,38 @@ def test_a_traced_script_is_saved_and_loaded(form: Any, frozen: bool) -> None:
     assert "pointfuse::" not in str(script.inlined_graph)
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", [*FORMS.values(), lambda model: own_units()], ids=[*FORMS, "ConvBNAct2d"])
+def test_nothing_but_operators_is_traced(form: Any) -> None:
+    """No decision of ours depends on the example's shape."""
+    with torch.no_grad():
+        torch.jit.trace(form(network()), INPUTS[0])
+
+
+def test_programs_and_scripts_run_where_there_is_no_pointfuse(tmp_path: Path) -> None:
+    frozen = pointfuse.freeze(network(), pack=False)
+    torch.export.save(exported(frozen), tmp_path / "program.pt2")
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(frozen, INPUTS[0]), tmp_path / "script.pt")
+        torch.save((INPUTS[1], frozen(INPUTS[1])), tmp_path / "call.pt")
+    code = """
+        import sys, torch
+        sys.modules["pointfuse"] = None
+        x, expected = torch.load("call.pt")
+        with torch.no_grad():
+            torch.testing.assert_close(torch.export.load("program.pt2").module()(x), expected)
+            torch.testing.assert_close(torch.jit.load("script.pt")(x), expected)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize(("form", "channels_last"), [("frozen", True), ("frozen in NCHW", False)])
+def test_a_program_keeps_the_memory_format_that_was_frozen(form: str, channels_last: bool) -> None:
+    with torch.no_grad():
+        y = exported(FORMS[form](network())).module()(INPUTS[0])
+    assert y.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
 def test_a_reverted_model_is_scripted() -> None:
     model = network()
     assert_answers(saved_and_loaded(torch.jit.script(pointfuse.revert(pointfuse.convert(model)))), model)
@@ -212,7 +246,8 @@ def test_onnx_runtime_gives_pytorchs_answers(form: Any, dynamo: bool, tmp_path: 
 
 
 PACKED_WAYS: dict[str, Callable[[nn.Module, Path], Any]] = {
-    "torch.compile": lambda model, path: torch.compile(model, backend="aot_eager", fullgraph=True)(images()),
+    "torch.compile": lambda model, path: torch.compile(model, backend="aot_eager")(images()),
+    "torch.compile, fullgraph": lambda model, path: torch.compile(model, backend="eager", fullgraph=True)(images()),
     "torch.export": lambda model, path: exported(model),
     "torch.export, strict": lambda model, path: exported(model, strict=True),
     "torch.jit.trace": lambda model, path: torch.jit.trace(model, images()),

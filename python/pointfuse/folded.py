@@ -116,9 +116,7 @@ class FoldedConv2d(nn.Module):
         if (weight := self._buffers.get("folded_weight")) is not None:
             return weight
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise RuntimeError(
-                "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
-            )
+            _refuse_graph()
         assert self._packed is not None
         return self._packed.to_dense()
 
@@ -183,6 +181,17 @@ class FoldedConv2d(nn.Module):
         state["_buffers"] = {"folded_weight": self.dense_weight(), "folded_bias": self.folded_bias}
         state["_packed"] = None
         return state
+
+
+def _refuse_graph() -> None:
+    raise RuntimeError(
+        "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
+    )
+
+
+# A compiler runs this while it traces: an error in what it traces would only break the graph, and the weight would be
+# unpacked on every call.
+_refuse_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class FoldedBatchNorm2d(nn.Identity):

@@ -118,7 +118,7 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The unit's output ``[batch, c_out, h_out, w_out]`` for ``x`` of ``[batch, c_in, height, width]``."""
-        if torch.compiler.is_compiling():
+        if in_graph():
             leave_to_compiler(self, self.recompute)
         # By attribute each would cost 0.7 us, more than the checks of a call together.
         children = self._modules
@@ -156,7 +156,7 @@ def run_unit(
         isinstance(x, Tensor)
         and x.dim() == 4
         and (residual is None or isinstance(residual, Tensor))
-        and not torch.compiler.is_compiling()
+        and not in_graph()
         and not torch_module._has_any_global_hook()
         and (activation := activation_of(act)) is not None
     ):
@@ -181,14 +181,19 @@ def forget_recompute(module: nn.Module) -> None:
     module.__dict__.pop(_RECOMPUTE, None)
 
 
+def in_graph() -> bool:
+    """Whether what runs becomes a graph: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def leave_to_compiler(module: nn.Module, recompute: bool = False) -> None:
-    """Say what was asked for that a compiled graph, which gets PyTorch's own operators, does without.
+    """Say what was asked for that a graph of live modules, which holds PyTorch's own operators, does without.
 
     Raises ``RuntimeError`` where a backend was asked for with ``strict``.
     """
     announce_refusal(
-        "torch.compile and torch.export are given a converted model's own operators; "
-        "pointfuse.freeze(..., pack=False) has the kernels in such graphs"
+        "a graph of a converted model holds PyTorch's own operators; torch.compile and torch.export put the kernels "
+        "into graphs of pointfuse.freeze(..., pack=False)"
     )
     if module.training and torch.is_grad_enabled() and (recompute or _RECOMPUTE in module.__dict__):
         _announce_recompute()
@@ -196,7 +201,7 @@ def leave_to_compiler(module: nn.Module, recompute: bool = False) -> None:
 
 def _announce_recompute() -> None:
     warn_once(
-        "torch.compile decides by itself what the backward keeps, and recompute=True does nothing in its graphs; "
+        "a compiler decides by itself what the backward keeps, and recompute=True does nothing in its graphs; "
         "torch._functorch.config.activation_memory_budget below 1 has it recompute"
     )
 

@@ -12,7 +12,6 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pointfuse.convert.graphs import Capture, ShapeGraphs
@@ -20,7 +19,7 @@ from pointfuse.convert.matching import Trace, trace_host
 from pointfuse.convert.structure import run_sequence, runs_of
 from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_TRAINING
-from pointfuse.modules import leave_to_compiler, refuse_scripting, warn_once
+from pointfuse.modules import in_graph, leave_to_compiler, refuse_scripting, warn_once
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
@@ -84,7 +83,7 @@ def _graphed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sequential_forward(self: Any, input: Any) -> Any:
-    if torch.compiler.is_compiling():
+    if in_graph():
         if not is_frozen(self):
             leave_to_compiler(self)
         return self._pointfuse_forward(input)
@@ -96,8 +95,8 @@ def _sequential_forward(self: Any, input: Any) -> Any:
 
 
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # The compiler is given the module's own forward: it fuses by itself, and its guards are its own.
-    if torch.compiler.is_compiling():
+    # Compilers and tracers are given the module's own forward: they fuse by themselves, and their guards are their own.
+    if in_graph():
         if not is_frozen(self):
             leave_to_compiler(self)
         return self._pointfuse_forward(*args, **kwargs)
