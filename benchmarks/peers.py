@@ -32,6 +32,7 @@ COMPILED_AUTOTUNED = "torch.compile max-autotune"
 CUDNN_GRAPH = "cuDNN graph"
 CONVERTED = "pointfuse converted"
 RECOMPUTING = "pointfuse recompute"
+COMPILED_CONVERTED = "torch.compile of converted"
 FROZEN = "pointfuse frozen"
 CUDA_LIVE = "pointfuse cuda live"
 CUDA_FROZEN = "pointfuse cuda"
@@ -135,6 +136,15 @@ def converted(model: nn.Module, x: Tensor) -> Prepared:
 def recomputing(model: nn.Module, x: Tensor) -> Prepared:
     """Converted so that units keep their input alone, and convolve again in the backward."""
     return Prepared(*_converted(model, x, recompute=True))
+
+
+@peer(COMPILED_CONVERTED, devices=("cpu",), reset=_reset_dynamo, trains=True)
+def compiled_converted(model: nn.Module, x: Tensor) -> Prepared:
+    """`torch.compile` of a converted model, which is to cost nothing beside `torch.compile` of the model."""
+    run, x = _converted(model, x)
+    run = _compiled(run, {})
+    run(x)
+    return Prepared(run, x)
 
 
 @peer(FROZEN)

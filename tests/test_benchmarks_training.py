@@ -126,10 +126,11 @@ def test_the_contenders_of_a_cpu_are_right(dtype: str, kernel_size: int) -> None
         assert len(verdict.errors) == 5
 
 
-def test_torch_compile_trains_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [peers.COMPILED, peers.COMPILED_CONVERTED])
+def test_torch_compile_trains_a_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # The same path without a compiler, which takes its time.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    compiled = peers.PEERS[peers.COMPILED]
+    compiled = peers.PEERS[name]
     case = small_case()
     checked = check_case(case, [compiled], METHOD)
     assert [verdict.status for verdict in checked.verdicts] == ["ok"]
@@ -387,14 +388,15 @@ def test_a_wrong_gradient_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_each_suite_has_the_contenders_that_are_for_it() -> None:
-    compiled = [peers.COMPILED, peers.COMPILED_AUTOTUNED]
-    assert [*OF_A_CPU[:2], *compiled, *OF_A_CPU[2:], peers.CUDA_LIVE, peers.TRITON_LIVE] == TRAINERS
+    compiled, kernels = [peers.COMPILED, peers.COMPILED_AUTOTUNED], [peers.CUDA_LIVE, peers.TRITON_LIVE]
+    assert [*OF_A_CPU[:2], *compiled, *OF_A_CPU[2:], peers.COMPILED_CONVERTED, *kernels] == TRAINERS
     options = run._parse(["--suite", "stack,training", "--device", "cpu", "--head", "13"])
     stack, *steps = run._jobs(options)
     assert peers.RECOMPUTING not in [contender.name for contender in stack.contenders]
     assert peers.FROZEN in [contender.name for contender in stack.contenders]
     for job in steps:
-        assert [c.name for c in job.contenders] == [*OF_A_CPU[:2], peers.COMPILED, *OF_A_CPU[2:]]
+        names = [*OF_A_CPU[:2], peers.COMPILED, *OF_A_CPU[2:], peers.COMPILED_CONVERTED]
+        assert [c.name for c in job.contenders] == names
 
 
 @pytest.mark.parametrize(("suite", "contender"), [("training", "frozen"), ("stack,layers", "recompute")])
@@ -419,7 +421,8 @@ def test_on_a_gpu_steps_run_cold_and_warm_and_as_graphs_if_asked(
     jobs = run._jobs(run._parse(["--suite", "stack,training", "--head", "52", *given]))
     assert [job.method.graphs for job in jobs] == [inference, *[steps] * 4]
     assert {tuple(timer.l2 for timer in job.method.timers) for job in jobs} == {("cold", "warm")}
-    assert [contender.name for contender in jobs[-1].contenders] == TRAINERS
+    of_a_gpu = [name for name in TRAINERS if name != peers.COMPILED_CONVERTED]
+    assert [contender.name for contender in jobs[-1].contenders] == of_a_gpu
 
 
 @pytest.mark.parametrize("name", [peers.CUDA_LIVE, peers.TRITON_LIVE])

@@ -21,7 +21,7 @@ import pointfuse
 import pytest
 import torch
 import triton_tracer
-from pointfuse.backends import BACKENDS, calls
+from pointfuse.backends import BACKENDS, FallbackWarning, calls
 from pointfuse.backends.triton.configs import REFERENCE_CHIPS, Config
 from pointfuse.backends.triton.planning import Plan, plan
 from pointfuse.problem import Activation, BatchNorm, Geometry
@@ -184,6 +184,27 @@ def exported(strict: bool) -> tuple[Any, Tensor, Tensor]:
     with torch.no_grad(), pointfuse.use_backend("triton", strict=True):
         batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
         return torch.export.export(frozen, (x,), dynamic_shapes=batch, strict=strict), x, frozen(x)
+
+
+FORMS = {"converted": pointfuse.convert, "frozen": lambda model: pointfuse.freeze(model, pack=False)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_traced_script_holds_pytorchs_operators_and_that_is_said(
+    form: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["pointfuse.backends"], "_announced", set())
+    model, x = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU()).eval().to(DEVICE), whole(2, 8, 5, 6)
+    with torch.no_grad():
+        with pointfuse.use_backend("triton"), pytest.warns(FallbackWarning, match="graph|trace"):
+            script = torch.jit.trace(form(model), x)
+        torch.testing.assert_close(script(x.repeat(3, 1, 1, 1)), model(x.repeat(3, 1, 1, 1)))
+        with (
+            pointfuse.use_backend("triton", strict=True),
+            pytest.raises(RuntimeError, match="does not serve this call"),
+        ):
+            torch.jit.trace(form(model), x)
 
 
 def test_the_backend_may_be_asked_for_by_a_graph_first(tmp_path: Path) -> None:

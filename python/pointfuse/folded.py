@@ -120,16 +120,20 @@ class FoldedConv2d(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The folded weight ``[c_out, c_in / groups, kh, kw]`` in plain strides."""
-        weight = self._buffers.get("folded_weight")  # an attribute costs 1 us
+        # By attribute it would cost 1 us. The packed weight is not looked at in a graph, for no tracer can.
+        weight = self._buffers.get("folded_weight")
         if weight is not None:
             return weight
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise RuntimeError(
-                "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
-            )
+            _refuse_graph()
         assert self._packed is not None
         with torch.inference_mode(False), torch.no_grad():
             return self._packed.to_dense()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script takes no frozen model: use torch.jit.trace, or script the model before freeze"
+        )
 
     def train(self, mode: bool = True) -> FoldedConv2d:
         if mode:
@@ -190,6 +194,17 @@ class FoldedConv2d(nn.Module):
         state["_buffers"] = {"folded_weight": self.dense_weight(), "folded_bias": self.folded_bias}
         state["_packed"] = None
         return state
+
+
+def _refuse_graph() -> None:
+    raise RuntimeError(
+        "this frozen model is packed for oneDNN; to compile, export or trace it: freeze(..., pack=False)"
+    )
+
+
+# A compiler runs this while it traces: an error in what it traces would only break the graph, and the weight would be
+# unpacked on every call.
+_refuse_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class FoldedBatchNorm2d(nn.Identity):

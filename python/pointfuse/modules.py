@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,6 +138,8 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The unit's output ``[batch, c_out, h_out, w_out]`` for ``x`` of ``[batch, c_in, height, width]``."""
+        if in_graph():
+            leave_to_compiler(self, self.recompute)
         # By attribute each would cost 0.7 us, more than the checks of a call together.
         children = self._modules
         conv = children["conv"]
@@ -150,6 +154,9 @@ class ConvBNAct2d(nn.Module):
         assert conv is not None
         act = own if residual_order == "act_add" else act
         return run_unit(x, conv, bn, act, residual, (residual_order, inplace, None, 1.0), self.recompute)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting(self)
 
     def extra_repr(self) -> str:
         said = [] if self.residual_order == "add_act" else [f"residual_order={self.residual_order!r}"]
@@ -175,7 +182,7 @@ def run_unit(
         isinstance(x, Tensor)
         and x.dim() == 4
         and (residual is None or isinstance(residual, Tensor))
-        and not torch.compiler.is_compiling()
+        and not in_graph()
         and not torch_module._has_any_global_hook()
     ):
         activation, rest = activation_of(act), None
@@ -197,14 +204,57 @@ def run_unit(
     return _compose(x, conv, bn, act, residual, UnitForm(*form))
 
 
-def set_recompute(conv: nn.Module) -> None:
-    """Have every unit of a convolution keep its input alone for the backward."""
-    conv.__dict__[_RECOMPUTE] = True
+def set_recompute(module: nn.Module) -> None:
+    """Have every unit of a convolution keep its input alone for the backward; of a host, remember that it was asked."""
+    module.__dict__[_RECOMPUTE] = True
 
 
-def forget_recompute(conv: nn.Module) -> None:
+def forget_recompute(module: nn.Module) -> None:
     """Undo :func:`set_recompute`."""
-    conv.__dict__.pop(_RECOMPUTE, None)
+    module.__dict__.pop(_RECOMPUTE, None)
+
+
+def in_graph() -> bool:
+    """Whether what runs becomes a graph: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def leave_to_compiler(module: nn.Module, recompute: bool = False) -> None:
+    """Say what was asked for that a graph of live modules, which holds PyTorch's own operators, does without.
+
+    Raises ``RuntimeError`` where a backend was asked for with ``strict``.
+    """
+    announce_refusal(
+        "a graph of a converted model holds PyTorch's own operators; torch.compile and torch.export put the kernels "
+        "into graphs of pointfuse.freeze(..., pack=False)"
+    )
+    if module.training and torch.is_grad_enabled() and (recompute or _RECOMPUTE in module.__dict__):
+        _announce_recompute()
+
+
+def _announce_recompute() -> None:
+    warn_once(
+        "a compiler decides by itself what the backward keeps, and recompute=True does nothing in its graphs; "
+        "torch._functorch.config.activation_memory_budget below 1 has it recompute"
+    )
+
+
+# A compiler runs this while it traces, where a warning breaks no graph.
+_announce_recompute._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse_scripting(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` asks of a module first. Raises ``RuntimeError``: it has no word for fused units."""
+    raise RuntimeError(
+        "torch.jit.script takes no model that pointfuse converted or froze, and no ConvBNAct2d: script what "
+        "pointfuse.revert gives of it, before any freeze, or use torch.jit.trace"
+    )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn, the first time in the process that this is to be said."""
+    warnings.warn(f"pointfuse: {message}", UserWarning, stacklevel=3)
 
 
 def min_input(conv: nn.Conv2d, bn: nn.Module | None) -> int:

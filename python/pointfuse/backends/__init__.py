@@ -132,13 +132,21 @@ class Preferred:
             return
         if _strict:
             raise RuntimeError(f"the {self.name} backend does not serve this call: {reason}")
-        if (self.name, reason) not in _announced and not torch.compiler.is_compiling():
-            _announced.add((self.name, reason))
-            warnings.warn(
-                f"pointfuse: PyTorch's own operators serve calls that the {self.name} backend does not: {reason}",
-                FallbackWarning,
-                stacklevel=3,
-            )
+        _warn_once(self.name, reason)
+
+
+def _warn_once(name: str, reason: str) -> None:
+    if (name, reason) not in _announced:
+        _announced.add((name, reason))
+        warnings.warn(
+            f"pointfuse: PyTorch's own operators serve calls that the {name} backend does not: {reason}",
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+
+# A compiler runs this while it traces, where a warning breaks no graph.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select() -> ModuleType | Preferred:
@@ -174,7 +182,8 @@ def announce_refusal(reason: str) -> None:
 
     Raises ``RuntimeError`` instead with ``strict``. Says nothing where no backend was asked for by name.
     """
-    if _requested in _preferred:
+    if _requested not in ("auto", "aten"):
+        _admit(_requested)
         _preferred[_requested].announce(reason)
 
 

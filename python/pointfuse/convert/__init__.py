@@ -20,7 +20,6 @@ from pointfuse.convert.hosts import (
     replay_graphs,
     shared_copy,
     uninstall,
-    warn_once,
 )
 from pointfuse.convert.planning import (
     ExampleInputs,
@@ -35,7 +34,7 @@ from pointfuse.convert.planning import (
 )
 from pointfuse.convert.verification import VerificationError
 from pointfuse.folded import FoldedConv2d
-from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute
+from pointfuse.modules import ConvBNAct2d, forget_recompute, set_recompute, warn_once
 
 __all__ = ["NewShapeWarning", "Plan", "Skipped", "Unit", "VerificationError", "convert", "freeze", "plan", "revert"]
 
@@ -236,9 +235,10 @@ def _need_numbers(model: nn.Module, function: str) -> None:
 
 def _install(found: list[HostPlan], recompute: bool) -> None:
     for host in found:
-        if recompute:
+        if recompute and host.sites:
             for site in host.sites:
                 set_recompute(host.module.get_submodule(site.conv))
+            set_recompute(host.module)
     install_hosts(found)
 
 

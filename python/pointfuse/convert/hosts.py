@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +22,15 @@ from pointfuse.convert.structure import Site, is_sequential, set_mode
 from pointfuse.convert.tails import call_and_add
 from pointfuse.convert.tracing import Untraceable
 from pointfuse.folded import NO_LOADING, NO_TRAINING
-from pointfuse.modules import ConvBNAct2d, activation_of, run_unit
+from pointfuse.modules import (
+    ConvBNAct2d,
+    activation_of,
+    in_graph,
+    leave_to_compiler,
+    refuse_scripting,
+    run_unit,
+    warn_once,
+)
 
 _TRACES = "_pointfuse_traces"
 _EXAMPLE = "_pointfuse_example"
@@ -40,6 +48,8 @@ class _Host:
     _pointfuse_class: type[nn.Module]
     _pointfuse_forward: Callable[..., Any]
     _pointfuse_kind: tuple[bool, bool, bool]
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the own class's: a registry of its subclasses is not to hold ours."""
@@ -132,7 +142,11 @@ def _graphed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sequential_forward(self: Any, input: Any) -> Any:
-    if torch.compiler.is_compiling() or issubclass(type(input), fx.Proxy):
+    if in_graph():
+        if not is_frozen(self):
+            leave_to_compiler(self)
+        return self._pointfuse_forward(input)
+    if issubclass(type(input), fx.Proxy):
         return self._pointfuse_forward(input)
     return run_sequence(_current_runs(self), input)
 
@@ -166,8 +180,12 @@ def _current_runs(self: Any) -> list[Run | nn.Module]:
 
 
 def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # The compiler is given the module's own forward: it fuses by itself, and its guards are its own. So is a tracer.
-    if torch.compiler.is_compiling() or any(issubclass(type(a), fx.Proxy) for a in args):
+    # Compilers and tracers are given the module's own forward: they fuse by themselves, and their guards are their own.
+    if in_graph():
+        if not is_frozen(self):
+            leave_to_compiler(self)
+        return self._pointfuse_forward(*args, **kwargs)
+    if any(issubclass(type(a), fx.Proxy) for a in args):
         return self._pointfuse_forward(*args, **kwargs)
     trace = _current_trace(self)
     if trace is not None:
@@ -249,17 +267,26 @@ def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -
     }
     if fused:
         own = _sequential_forward if cls.forward is nn.Sequential.forward else _traced_forward
-        body["forward"] = functools.wraps(cls.forward)(own)
+        body["forward"] = _in_place_of(cls.forward, own)
         body["_pointfuse_tail"] = _sequential_tail if own is _sequential_forward else _traced_tail
     if graphed:
         body["_pointfuse_ungraphed"] = body.get("forward", cls.forward)
-        body["forward"] = functools.wraps(cls.forward)(_graphed_forward)
+        body["forward"] = _in_place_of(cls.forward, _graphed_forward)
     if hasattr(cls, "__deepcopy__") or any(getattr(cls, n) is not getattr(object, n) for n in _REDUCTIONS):
         body["__reduce_ex__"], body["__deepcopy__"] = _in_own_way, _deepcopy_in_own_way
     mixed_in = ((_Graphed, graphed), (_Frozen, frozen), (_Recompiled, hasattr(cls, "recompile")), (_Host, True))
     bases = (*(base for base, taken in mixed_in if taken), cls)
     made = _CLASSES[cls, fused, frozen, graphed] = type(cls.__name__, bases, body)
     return made
+
+
+def _in_place_of(forward: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``ours`` that is known by the name and the signature of ``forward``.
+
+    Its code is a copy too: torch.compile counts recompilations by code, and classes are not to share one limit.
+    """
+    copied = types.FunctionType(ours.__code__.replace(), ours.__globals__)
+    return functools.wraps(forward)(copied)
 
 
 def is_host(module: nn.Module) -> bool:
@@ -374,9 +401,3 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def _restore(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool = False) -> nn.Module:
     kind = host_class(cls, fused, frozen, graphed)
     return kind.__new__(kind)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn, the first time in the process that this is to be said."""
-    warnings.warn(f"pointfuse: {message}", UserWarning, stacklevel=3)

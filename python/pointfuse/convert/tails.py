@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from pointfuse.backends import aten
-from pointfuse.modules import has_hooks
+from pointfuse.modules import has_hooks, in_graph
 from pointfuse.problem import Activation
 
 
@@ -30,7 +29,7 @@ def call_and_add(
         run is not None
         and isinstance(x, Tensor)
         and isinstance(residual, Tensor)
-        and not torch.compiler.is_compiling()
+        and not in_graph()
         and not torch_module._has_any_global_hook()
         and not has_hooks(child)
     ):
