@@ -41,7 +41,7 @@ def _as_flag(variable: str) -> bool:
 _requested = os.environ.get(VARIABLE) or "auto"
 _strict = _as_flag(STRICT_VARIABLE)
 # Those of the blocks of use_backend that have not ended, in the order of their beginning, behind the run's own.
-_choices: dict[object, tuple[str, bool]] = {}
+_choices: list[tuple[str, bool]] = []
 _preferred: dict[str, Preferred] = {}
 _announced: set[tuple[str, str]] = set()
 
@@ -82,15 +82,15 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     if name not in ("auto", "aten"):
         _prefer(name)  # a graph that found it missing would be compiled again
     if not _choices:
-        _choices[None] = _requested, _strict
-    block = object()
-    _requested, _strict = _choices[block] = name, strict
+        _choices.append((_requested, _strict))
+    _requested, _strict = choice = name, strict
+    _choices.append(choice)
     try:
         yield
     finally:
         # Blocks of several threads may end in another order than that of their beginning.
-        del _choices[block]
-        _requested, _strict = list(_choices.values())[-1]
+        del _choices[len(_choices) - 1 - _choices[::-1].index(choice)]
+        _requested, _strict = _choices[-1]
         if len(_choices) == 1:
             _choices.clear()
 
