@@ -40,6 +40,7 @@ from models_for_tests import (
     unit,
 )
 from models_for_tests import one_thread as one_thread
+from pointfuse.convert import hosts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -241,6 +242,34 @@ def test_units_large_enough_to_fold_on_the_fly_answer_as_pytorch_does(
         expected, actual = model.eval()(x), pointfuse.convert(model)(x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "sequence"])
+def test_calls_too_small_to_gain_are_not_asked_about_twice(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run the module's own forward; any other call is looked at."""
+    monkeypatch.undo()
+    model = trained(ConvBNAct() if traced else nn.Sequential(*unit()))
+    converted = pointfuse.convert(model).eval()
+    asked = []
+    monkeypatch.setattr(hosts, "run_sequence", lambda *a, run=hosts.run_sequence: asked.append(1) or run(*a))
+    monkeypatch.setattr(hosts.Trace, "current", lambda t, run=hosts.Trace.current: asked.append(1) or run(t))
+
+    def calls(x: Tensor) -> int:
+        before = len(asked)
+        assert gap(converted(x), model.train(converted.training)(x)) <= 1e-5
+        return len(asked) - before
+
+    small, large = images(), images(2, 4, 512, 520)
+    with torch.no_grad():
+        assert [calls(small), calls(small), calls(small)] == [1, 0, 0]
+        assert [calls(large), calls(large)] == [1, 1]
+        assert calls(small) == 0
+        assert [calls(small.double().float()[:1]), calls(small[:1])] == [1, 0]
+    converted.train()
+    assert [calls(small), calls(small)] == [1, 0]
+    # The input alone is kept, whatever the size.
+    pointfuse.convert(converted, inplace=True, recompute=True)
+    assert [calls(small), calls(small)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -992,7 +1021,7 @@ def test_any_sequence_and_any_slice_of_it_answers_as_before(model: nn.Sequential
 
 
 class RandomBlock(nn.Module):
-    """A random graph of convolutions, batch norms, activations and sums over values made so far."""
+    """A random graph of layers, sums and products, and modules that hold a unit, over values made so far."""
 
     def __init__(self, steps: list[tuple[str, int, int]]) -> None:
         super().__init__()
@@ -1001,7 +1030,14 @@ class RandomBlock(nn.Module):
 
     @staticmethod
     def _layer(kind: str) -> nn.Module:
-        made = {"conv": unit()[0], "bn": nn.BatchNorm2d(4), "relu": nn.ReLU(), "relu_": nn.ReLU(inplace=True)}
+        made = {
+            "conv": unit()[0],
+            "bn": nn.BatchNorm2d(4),
+            "relu": nn.ReLU(),
+            "relu_": nn.ReLU(inplace=True),
+            "unit": ConvBNAct(),
+            "conv and bn": nn.Sequential(*unit()[:2]),
+        }
         return made.get(kind, nn.Identity())
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -1013,16 +1049,21 @@ class RandomBlock(nn.Module):
             elif kind == "iadd":
                 first += second
                 values.append(first)
+            elif kind == "half":
+                values.append(first * 0.5)
             else:
                 values.append(layer(first))
         return values[-1], values[-2]
 
 
-@hypothesis_settings(max_examples=30)
+KINDS = ["conv", "conv", "bn", "bn", "relu", "relu_", "unit", "unit", "conv and bn", "identity", "half"]
+
+
+@hypothesis_settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["conv", "conv", "bn", "bn", "relu", "relu_", "add", "iadd"]),
+            st.sampled_from([*KINDS, "add", "add", "iadd"]),
             st.sampled_from([0, 0, 0, 1, 2]),
             st.integers(0, 4),
         ),
@@ -1035,8 +1076,11 @@ def test_any_graph_of_layers_and_sums_answers_as_before(steps: list[tuple[str, i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = pointfuse.convert(copy.deepcopy(model))
+        frozen = pointfuse.freeze(model.eval(), pack=False)
     with torch.no_grad():
-        assert gap(converted.eval()(images()), model.eval()(images())) <= 1e-5
+        expected = model(images())
+        assert gap(converted.eval()(images()), expected) <= 1e-5
+        assert gap(frozen(images()), expected) <= 1e-5
     assert_trains_like(converted, model, images())
 
 

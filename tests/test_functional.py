@@ -321,10 +321,21 @@ def test_folding_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_min_input_is_where_folding_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for conv in (nn.Conv2d(8, 16, 1), nn.Conv2d(64, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(512, 1024, 3)):
+    for conv in (
+        nn.Conv2d(8, 16, 1),
+        nn.Conv2d(64, 32, 3),
+        nn.Conv2d(32, 32, 3, groups=32),
+        nn.Conv2d(512, 1024, 3),
+        nn.Conv2d(64, 32, 3, stride=2),
+    ):
         pixels = aten.min_input(conv, nn.BatchNorm2d(1)) // conv.in_channels
-        assert not aten._worth_folding(torch.empty(1, conv.in_channels, 1, pixels - 1, device="meta"), conv.weight)
-        assert aten._worth_folding(torch.empty(1, conv.in_channels, 1, pixels + 1, device="meta"), conv.weight)
+
+        def folds(pixels: int, conv: nn.Conv2d = conv) -> bool:
+            x = torch.empty(1, conv.in_channels, 1, pixels, device="meta")
+            return aten._worth_folding(x, conv.weight, conv.stride)  # type: ignore[arg-type]
+
+        assert not folds(pixels - 1)
+        assert folds(pixels + 4)
 
 
 def test_the_fused_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -200,8 +201,21 @@ def run_unit(
             recompute = recompute or _RECOMPUTE in conv.__dict__
             y = _run_live(x, conv, bn, activation, residual, order, inplace, recompute, norm_acts is not None)
         if y is not None:
+            _count.fused += 1
             return rest(y) if isinstance(rest, nn.Module) else y
     return _compose(x, conv, bn, act, residual, UnitForm(*form))
+
+
+class _Count(threading.local):
+    fused = 0
+
+
+_count = _Count()
+
+
+def units_fused() -> int:
+    """How many units :func:`run_unit` has run fused in this thread."""
+    return _count.fused
 
 
 def set_recompute(module: nn.Module) -> None:

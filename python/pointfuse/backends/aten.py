@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry
+from pointfuse.problem import IDENTITY, Activation, BatchNorm, Geometry, Pair
 
 # PyTorch hands smaller inputs to its native convolution, whose call is 30 us cheaper than oneDNN's.
 _ONEDNN_MIN_INPUT = 20480
@@ -43,14 +43,13 @@ def unusable_reason() -> str | None:
 def min_input(conv: nn.Conv2d, bn: nn.Module | None) -> int:
     """From how many input elements :func:`conv_bn_act` may be faster than the modules called one by one.
 
-    Below there is nothing to gain but allocations, and 10 us of Python to lose, which is 2% of a 1x1 unit. The outputs
-    are counted as if the stride were one, which is cheap and near enough.
+    Below there is nothing to gain but allocations, and 10 us of Python to lose, which is 2% of a 1x1 unit.
     """
     if bn is None:
         return _ONEDNN_MIN_INPUT + 1
-    (kh, kw), c_in = conv.kernel_size, conv.in_channels
+    (kh, kw), (sh, sw), c_in = conv.kernel_size, conv.stride, conv.in_channels
     weights_per_output = _FOLD_MIN_OUTPUTS_PER_WEIGHT * (c_in // conv.groups) * kh * kw
-    return c_in * max(_FOLD_MIN_OUTPUTS // conv.out_channels, weights_per_output)
+    return c_in * sh * sw * max(_FOLD_MIN_OUTPUTS // conv.out_channels, weights_per_output)
 
 
 def activate(z: Tensor, activation: Activation, *, inplace: bool = False) -> Tensor:
@@ -78,7 +77,11 @@ def conv_bn_act(
     owned = not torch.is_grad_enabled()
     act_first = residual is None or residual_order == "act_add"
     # The cheap test first: beside a small convolution in bf16, all of them together cost 30 us with cold caches.
-    if owned and (bn is None or _worth_folding(x, weight)) and _onednn_takes(x, weight, bias, geometry):
+    if (
+        owned
+        and (bn is None or _worth_folding(x, weight, geometry.stride))
+        and _onednn_takes(x, weight, bias, geometry)
+    ):
         z = _onednn_fused(x, weight, bias, bn, activation if act_first else IDENTITY, geometry)
         if z is not None:
             rest = IDENTITY if act_first else activation
@@ -230,8 +233,8 @@ def _onednn_fused(
     return onednn_conv(x, weight, bias, epilogue, geometry)
 
 
-def _worth_folding(x: Tensor, weight: Tensor) -> bool:
-    outputs = x.numel() // max(1, x.shape[1]) * weight.shape[0] if x.dim() == 4 else 0
+def _worth_folding(x: Tensor, weight: Tensor, stride: Pair) -> bool:
+    outputs = x.numel() // max(1, x.shape[1] * stride[0] * stride[1]) * weight.shape[0] if x.dim() == 4 else 0
     return outputs >= _FOLD_MIN_OUTPUTS and outputs >= _FOLD_MIN_OUTPUTS_PER_WEIGHT * weight.numel()
 
 

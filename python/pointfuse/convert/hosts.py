@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pointfuse.backends import aten, select
 from pointfuse.convert.graphs import Capture, ShapeGraphs
 from pointfuse.convert.matching import Trace, trace_host
 from pointfuse.convert.sequences import Run, last_of_sequence, run_sequence, runs_of, unit_site
@@ -29,6 +30,7 @@ from pointfuse.modules import (
     leave_to_compiler,
     refuse_scripting,
     run_unit,
+    units_fused,
     warn_once,
 )
 
@@ -37,7 +39,8 @@ _EXAMPLE = "_pointfuse_example"
 _STALE = "_pointfuse_stale"
 _RUNS = "_pointfuse_runs"
 _GRAPHS = "_pointfuse_graphs"
-_OURS = (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS)
+_PLAIN = "_pointfuse_plain"
+_OURS = (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS, _PLAIN)
 # A forward that reads an attribute which changes on every call is not worth tracing again and again.
 _MAX_STALE = 8
 
@@ -58,7 +61,7 @@ class _Host:
         state = self.__getstate__()
         if isinstance(state, dict):
             # Generated code does not travel.
-            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS, _GRAPHS)}
+            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS, _GRAPHS, _PLAIN)}
         return _restore, (self._pointfuse_class, *self._pointfuse_kind), state
 
     def __setstate__(self, state: Any) -> None:
@@ -146,9 +149,27 @@ def _sequential_forward(self: Any, input: Any) -> Any:
         if not is_frozen(self):
             leave_to_compiler(self)
         return self._pointfuse_forward(input)
+    kind = _kind_of_call(self, input)
+    if kind is not None and kind == self.__dict__.get(_PLAIN):
+        return self._pointfuse_forward(input)
     if issubclass(type(input), fx.Proxy):
         return self._pointfuse_forward(input)
-    return run_sequence(_current_runs(self), input)
+    before = units_fused()
+    y = run_sequence(_current_runs(self), input)
+    if units_fused() == before:
+        self.__dict__[_PLAIN] = kind
+    return y
+
+
+def _kind_of_call(self: Any, x: Any) -> tuple[Any, ...] | None:
+    """What decides, with the modules as they are, whether any unit gains by being fused; ``None`` where all do.
+
+    Kept of a call in which none did, so that the next one spares itself the asking. The module's own forward gives the
+    same in any case.
+    """
+    if select() is not aten or type(x) is not Tensor:
+        return None
+    return x.shape, x.dtype, self.training, torch.is_grad_enabled()
 
 
 def _sequential_tail(self: Any, x: Any, residual: Any, act: Any, residual_order: str, residual_inplace: bool) -> Any:
@@ -185,13 +206,20 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_frozen(self):
             leave_to_compiler(self)
         return self._pointfuse_forward(*args, **kwargs)
+    kind = _kind_of_call(self, args[0]) if args else None
+    if kind is not None and kind == self.__dict__.get(_PLAIN):
+        return self._pointfuse_forward(*args, **kwargs)
     if any(issubclass(type(a), fx.Proxy) for a in args):
         return self._pointfuse_forward(*args, **kwargs)
     trace = _current_trace(self)
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
-            return trace.forward(self, *inputs)
+            before = units_fused()
+            y = trace.forward(self, *inputs)
+            if units_fused() == before:
+                self.__dict__[_PLAIN] = kind
+            return y
         warn_once(
             f"{self._pointfuse_class.__name__}.forward was called in a way its conversion does not cover (arguments "
             "other than the tensors it needs, or a branch other than with the example inputs): it runs unfused"
@@ -307,6 +335,7 @@ def install(
         module.__dict__[_TRACES] = traces
         module.__dict__[_EXAMPLE] = example
     module.__dict__.pop(_RUNS, None)
+    module.__dict__.pop(_PLAIN, None)
     _set_class(module, fused=True)
 
 
