@@ -7,6 +7,7 @@ Branches on the shapes and dtypes of the module's own inputs are followed where 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import operator
@@ -59,7 +60,7 @@ class Reads:
         holders = [host, *(m for _, m in own_children(host) if has_no_forward(m))]
         self.children = [(m._modules, _ids(m._modules)) for m in holders]
         self.absent = [(d, _absent(d)) for d in (host._parameters, host._buffers)]
-        self.values: list[tuple[dict[str, Any], list[str], list[Any]]] = []
+        self.values: list[tuple[dict[str, Any], tuple[str, ...], list[Any]]] = []
         self.containers: list[tuple[Any, Any]] = []
         for module in (host, *(m for _, m in own_children(host))):
             watched: dict[str, Any] = {}
@@ -73,7 +74,7 @@ class Reads:
                     watched[name] = value
                     self.containers.append((value, copy.copy(value)))
             if watched:
-                self.values.append((module.__dict__, list(watched), list(watched.values())))
+                self.values.append((module.__dict__, _shared(tuple(watched)), list(watched.values())))
 
     def unchanged(self) -> bool:
         """Whether a trace made together with this still stands for the forward."""
@@ -93,6 +94,12 @@ class Reads:
 
 
 _MISSING = object()
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same names as one object for all modules."""
+    return names
 
 
 def _ids(modules: dict[str, Any]) -> tuple[int, ...]:
@@ -139,11 +146,19 @@ def _function_named(name: str, host: nn.Module, globals_: dict[str, Any]) -> Any
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """A graph as a function, whose first argument is the module."""
     code = graph.python_code("self")
-    namespace = dict(code.globals)
     try:
-        exec(compile(code.src, f"<pointfuse trace of {name}>", "exec"), namespace)
+        return _compiled(code.src, f"<pointfuse trace of {name}>", tuple(code.globals.items()))
+    except TypeError:  # a global without a hash
+        return _compiled.__wrapped__(code.src, f"<pointfuse trace of {name}>", tuple(code.globals.items()))
     except SyntaxError as error:
         raise Untraceable(f"torch.fx cannot write its forward down: {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(source: str, name: str, globals_: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The function that a source defines, of which the modules of a class mostly share one."""
+    namespace = dict(globals_)
+    exec(compile(source, name, "exec"), namespace)
     return namespace["forward"]
 
 
