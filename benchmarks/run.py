@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.cases import OVERHEAD, SUITES, TRAINING, Variant
+from benchmarks.compare import compare_files
 from benchmarks.harness import Contender, Limits
 from benchmarks.models.yolov3 import HEADS
 from benchmarks.peers import BASELINES, PEERS, TRAINING_BASELINES
@@ -37,20 +38,24 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 DEFAULT_LIMITS = Limits()
 QUICK_LIMITS = Limits(rounds=3, seconds=2.0, min_rounds=1, warmup=0)
 
-EXIT_OK, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_OK, EXIT_WRONG, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks that `argv` asks for; every finished case is saved at once.
 
+    With `--compare` nothing is run: see :mod:`benchmarks.compare`.
+
     Returns:
-        0; or 1 if some contender's answer was wrong; or 130 after Ctrl-C.
+        0; or 1 if some contender's answer was wrong, or something became slower; or 130 after Ctrl-C.
 
     Raises:
         SystemExit: with 2 for an argument that is not accepted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
+    if options.compare:
+        return _compare(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     # Without it cuDNN guesses an algorithm from the shape, and the eager baselines would be slower than they need be.
@@ -94,6 +99,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     wrong = any(result.status == "wrong" for case in done for result in case.results)
     return EXIT_WRONG if wrong else EXIT_OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        before, after = options.compare
+        return compare_files(before, after, wide_console(), options.any_machine)
+    except (OSError, ValueError) as error:
+        raise SystemExit(_usage_error(error)) from error
+
+
+def _usage_error(error: Exception) -> int:
+    print(f"run.py: error: {error}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _without_output(arguments: Sequence[str]) -> list[str]:
@@ -145,7 +163,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=_positive_int, help="CPU threads (default: as torch chooses)")
     add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
     add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default %(default)s")
+    add("--compare", type=Path, nargs=2, metavar="JSON", help="run nothing: what changed from one file to the other")
+    add("--any-machine", action="store_true", help="compare files of different machines")
     options = parser.parse_args(argv)
+    if options.any_machine and not options.compare:
+        parser.error("argument --any-machine: only with --compare")
+    if options.compare:
+        return options
 
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:

@@ -19,7 +19,7 @@ from host_ops import host_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pointfuse.backends import BACKENDS, FallbackWarning, aten, calls
-from pointfuse.convert.structure import run_sequence, runs_of
+from pointfuse.convert.sequences import run_sequence, runs_of
 from pointfuse.functional import conv_bn_act
 from pointfuse.problem import ACTIVATIONS, IDENTITY, RESIDUAL_ORDERS, Activation, BatchNorm, Geometry, Refused
 from torch import Tensor, nn
