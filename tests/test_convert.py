@@ -41,6 +41,7 @@ from models_for_tests import (
 )
 from models_for_tests import one_thread as one_thread
 from pointfuse.convert import hosts
+from pointfuse.modules import units_not_small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -270,6 +271,21 @@ def test_calls_too_small_to_gain_are_not_asked_about_twice(traced: bool, monkeyp
     # The input alone is kept, whatever the size.
     pointfuse.convert(converted, inplace=True, recompute=True)
     assert [calls(small), calls(small)] == [1, 1]
+
+
+def test_a_call_that_hooks_kept_from_fusing_is_asked_about_again() -> None:
+    model = trained(ConvBNAct()).eval()
+    converted = pointfuse.convert(model)
+
+    def fused() -> int:
+        before = units_not_small()
+        with torch.no_grad():
+            converted(images())
+        return units_not_small() - before
+
+    assert fused() == 1
+    pointfuse.plan(converted, images())  # watches convolutions by hooks
+    assert fused() == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pointfuse
@@ -318,6 +320,71 @@ def test_a_change_is_followed(host: Callable[[nn.Module], nn.Module], change: st
             assert gap(converted.train()(images()), model.train()(images())) <= 1e-5
             for found, expected in zip(converted.buffers(), model.buffers(), strict=True):
                 torch.testing.assert_close(found, expected)
+
+
+class Calls(BatchNorm):
+    """Applies whatever it holds, which is no module."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.f = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.f(super().forward(input))
+
+
+class Configured(BatchNorm):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(slope=slope)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.leaky_relu(super().forward(input), self.config.slope)
+
+
+class DefaultSettings(nn.BatchNorm2d):
+    """Leaves ``eps`` and ``momentum`` to the function, whatever it was made with."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+def test_one_proof_does_not_stand_for_another() -> None:
+    """Of one class, but holding other functions, configurations and settings."""
+    pairs = [
+        (Calls(F.relu), Calls(F.silu)),
+        (Configured(0.1), Configured(0.7)),
+        (DefaultSettings(4), DefaultSettings(4, eps=0.5)),
+        (DefaultSettings(4), DefaultSettings(4, momentum=0.5)),
+    ]
+    for first, second in pairs:
+        model = trained(nn.Sequential(sequence(first), sequence(second)))
+        converted = pointfuse.convert(copy.deepcopy(model))
+        with torch.no_grad():
+            assert gap(converted.eval()(images()), model.eval()(images())) <= 1e-5
+            assert gap(pointfuse.freeze(model)(images()), model(images())) <= 1e-5
+        assert_trains_like(converted, model, images())
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_is_no_module_is_followed_too(host: Callable[[nn.Module], nn.Module]) -> None:
+    changes = [
+        (Calls(F.relu), lambda bn: setattr(bn, "f", F.silu)),
+        (Configured(0.1), lambda bn: setattr(bn.config, "slope", 0.7)),
+        (DefaultSettings(4), lambda bn: setattr(bn, "momentum", 0.5)),
+        (DefaultSettings(4), lambda bn: setattr(bn, "eps", 0.5)),
+    ]
+    for bn, change in changes:
+        model = trained(host(bn)).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = pointfuse.convert(copy.deepcopy(model))
+            for m in (model, converted):
+                m(images(dtype=torch.float64))
+                change(m.get_submodule("2" if isinstance(m, nn.Sequential) else "bn"))
+            assert_trains_like(converted, model, images())
 
 
 def test_in_evaluation_mode_while_its_host_trains() -> None:

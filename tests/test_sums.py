@@ -13,6 +13,7 @@ import torch
 from models_for_tests import ConvBNAct, Forward, assert_trains_like, gap, images, trained, unit
 from models_for_tests import one_thread as one_thread
 from pointfuse.convert import VerificationError, hosts
+from pointfuse.modules import units_not_small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -198,6 +199,97 @@ def test_a_change_is_followed(change: str, ran: bool) -> None:
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("act", [None, nn.Identity()], ids=["no activation", "an identity"])
+@pytest.mark.parametrize("change", ["activation", "hook"])
+def test_a_unit_whose_activation_changes_is_followed(act: nn.Module | None, change: str) -> None:
+    unit_ = pointfuse.ConvBNAct2d.from_modules(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)
+    model = trained(Block(resnet, unit_)).eval()
+    converted = pointfuse.convert(model)
+    for m in (model, converted):
+        if change == "activation":
+            m.second.act = nn.SiLU()
+        elif act is not None:
+            _doubling(m.second.act)
+    with torch.no_grad():
+        assert gap(converted(images()), model(images())) <= 1e-5
+
+
+def test_global_hooks_see_what_is_passed_by() -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU())).eval()
+    for m in (model, trained(Block(behind_identities)).eval()):
+        converted = pointfuse.convert(m)
+        hook = register_module_forward_hook(lambda m, _, y: y * 2 if type(m) is nn.Identity else None)
+        try:
+            with torch.no_grad():
+                assert gap(converted(images()), m(images())) <= 1e-5
+        finally:
+            hook.remove()
+
+
+class Loud(nn.Sequential):
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) * 2
+
+
+def test_a_child_that_is_called_in_its_own_way_is_called() -> None:
+    for second in (Loud(*unit()[:2]), nn.Sequential(nn.ReLU(), Loud(*unit()[:2]))):
+        model = trained(Block(resnet, second)).eval()
+        for form in (pointfuse.convert, pointfuse.freeze):
+            with torch.no_grad():
+                assert gap(form(model)(images()), model(images())) <= 1e-5
+
+
+class Generator(nn.Module):
+    """Starts from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(images())
+        self.conv, self.bn, self.act = unit()
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.act(self.bn(self.conv(self.start if x is None else x)))
+
+
+def test_a_forward_without_arguments_has_units() -> None:
+    model = trained(Generator()).eval()
+    assert len(pointfuse.plan(model).units) == 1
+    with torch.no_grad():
+        assert gap(pointfuse.convert(model)(), model()) <= 1e-5
+
+
+def test_a_module_twice_in_a_sequence_is_both_times_its_last() -> None:
+    twice = nn.Sequential(*unit()[:2])
+    model = trained(Block(resnet, nn.Sequential(twice, nn.Sequential(), twice))).eval()
+    with torch.no_grad():
+        assert gap(pointfuse.convert(model)(images()), model(images())) <= 1e-5
+
+
+def test_a_residual_that_the_unit_does_not_take_leaves_the_rest_fused() -> None:
+    """PyTorch's own modules would raise here, since the sum in place overwrites what the activation keeps."""
+
+    class Offset(nn.Module):
+        def __init__(self, unit_: nn.Module) -> None:
+            super().__init__()
+            self.unit = unit_
+            self.offset = nn.Parameter(images(1, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.unit(x)
+            y += self.offset
+            return y
+
+    for activation in ("relu", "identity"):
+        model = trained(Offset(pointfuse.ConvBNAct2d(4, 4, 3, activation=activation))).train()
+        converted = pointfuse.convert(copy.deepcopy(model))
+        before = units_not_small()
+        assert_trains_like(converted, model, images())
+        converted(images()).sum().backward()
+        assert units_not_small() > before
+
+
 def test_a_reverted_child_leaves_the_sum_to_its_parent() -> None:
     model = trained(Block(darknet)).eval()
     converted = pointfuse.convert(model)
@@ -226,6 +318,12 @@ def test_a_factor_that_changes_after_freezing_is_followed() -> None:
             model.by = frozen.by = by
             assert gap(frozen(images()), model(images())) <= 1e-5
             assert gap(frozen.conv(images()), model.conv(images())) <= 1e-5
+
+
+def test_a_weight_with_a_factor_in_it_is_not_given_for_the_convolutions() -> None:
+    frozen = pointfuse.freeze(Forward(lambda s, x: s.act(s.conv(x) * 0.5)).eval())
+    with pytest.raises(AttributeError, match=r"weight is folded together with a factor of 0.5 by freeze"):
+        _ = frozen.conv.weight
 
 
 def test_a_convolution_with_two_factors_is_not_folded_into() -> None:

@@ -563,3 +563,20 @@ def test_statistics_of_all_processes_are_not_made_again_from_this_ones_parts(
     ((_, parts, *statistics),) = (args[:4] for args in given)
     assert parts is None
     assert all(map(torch.equal, statistics, (mean, rstd)))
+
+
+def test_one_batch_norm_unfused_and_fused_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a head that the levels of a pyramid share: PyTorch's batch norm keeps the running statistics for its backward,
+    and the fused one, called later, writes to them."""
+    conv, bn, act = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+    head = nn.Sequential(conv, bn, act).double().train()
+    converted = pointfuse.convert(copy.deepcopy(head))
+    levels = [torch.randn(2, 4, size, size, dtype=torch.float64) for size in (4, 8, 12)]
+    macs = 2 * 8 * 8 * 4 * 4 * 9
+    monkeypatch.setattr(aten_training, "MIN_MACS_PER_THREAD", macs // torch.get_num_threads())
+    for model in (head, converted):
+        sum(model(x).square().mean() for x in levels).backward()
+    for found, expected in zip(converted.parameters(), head.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-9)
+    for found, expected in zip(converted.buffers(), head.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)

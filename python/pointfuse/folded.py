@@ -64,6 +64,10 @@ class FoldedConv2d(nn.Module):
             return super().__getattr__(name)
         if self.has_bn:
             raise AttributeError(f"this convolution's {name} is folded together with its batch norm by freeze")
+        if self.scale != 1:
+            raise AttributeError(
+                f"this convolution's {name} is folded together with a factor of {self.scale} by freeze"
+            )
         return self.dense_weight() if name == "weight" else self.folded_bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -148,11 +148,16 @@ class ConvBNAct2d(nn.Module):
         form = PLAIN if residual is None else (self.residual_order, False, None, 1.0)
         return run_unit(x, conv, children.get("bn"), children.get("act"), residual, form, self.recompute)
 
-    def _pointfuse_tail(self, x: Tensor, residual: Tensor, act: Any, residual_order: str, inplace: bool) -> Tensor:
-        """``forward`` with a residual and an activation behind it that the caller's forward adds."""
+    def _pointfuse_tail(
+        self, x: Tensor, residual: Tensor, act: Any, residual_order: str, inplace: bool
+    ) -> Tensor | None:
+        """``forward`` with a residual and an activation behind it that the caller's forward adds, if it takes them."""
         children = self._modules
         conv, bn, own = children["conv"], children.get("bn"), children.get("act")
         assert conv is not None
+        activation = activation_of(own)
+        if activation is None or (activation != IDENTITY) != (residual_order == "act_add"):
+            return None
         act = own if residual_order == "act_add" else act
         return run_unit(x, conv, bn, act, residual, (residual_order, inplace, None, 1.0), self.recompute)
 
@@ -191,6 +196,7 @@ def run_unit(
             # Batch norm and an activation that is not fused are one module: it is called on the unit's result.
             activation, rest = IDENTITY, act
         y = None
+        small = _count.small
         if activation is None:
             pass
         elif isinstance(conv, FoldedConv2d):
@@ -203,19 +209,33 @@ def run_unit(
         if y is not None:
             _count.fused += 1
             return rest(y) if isinstance(rest, nn.Module) else y
-    return _compose(x, conv, bn, act, residual, UnitForm(*form))
+        _count.refused += _count.small == small
+    if residual is None:
+        return _compose(x, conv, bn, act, norm_acts, scale)
+    # What does not serve the residual may serve the rest of the unit.
+    acts_first = order == "act_add"
+    z = run_unit(x, conv, bn, act if acts_first else None, None, ("add_act", False, norm_acts, scale), recompute)
+    z = z.add_(residual) if inplace else z + residual
+    return z if acts_first else _activate(z, act)
 
 
 class _Count(threading.local):
-    fused = 0
+    """Of the units that :func:`run_unit` was asked for in this thread."""
+
+    fused = small = refused = 0
 
 
 _count = _Count()
 
 
-def units_fused() -> int:
-    """How many units :func:`run_unit` has run fused in this thread."""
-    return _count.fused
+def units_not_small() -> int:
+    """How many units this thread has run fused, or not for another reason than that they were too small to gain."""
+    return _count.fused + _count.refused
+
+
+def note_refusal() -> None:
+    """Count a unit that did not run fused for another reason than its size."""
+    _count.refused += 1
 
 
 def set_recompute(module: nn.Module) -> None:
@@ -297,8 +317,10 @@ def _run_live(
     if may_record and bn is None:
         return None
     if may_record and select() is aten and not recompute and (x.is_cuda or size < min_input(conv, bn)):
+        _count.small += 1
         return None
     if not may_record and size < select().min_input(conv, bn):
+        _count.small += 1
         return None
     if conv_refusal(conv) is not None:
         return None
@@ -430,29 +452,22 @@ def _compose(
     conv: nn.Module,
     bn: nn.Module | None,
     act: nn.Module | Activation | tuple[Any, ...] | None,
-    residual: Tensor | None,
-    form: UnitForm,
+    norm_acts: bool | None,
+    scale: float,
 ) -> Tensor:
     """The same modules called one by one, as the model before conversion did."""
-
-    def add(z: Tensor) -> Tensor:
-        assert residual is not None
-        return z.add_(residual) if form.residual_inplace else z + residual
-
     z = conv(x)
-    if form.scale != 1:
-        z = z * form.scale
+    if scale != 1:
+        z = z * scale
     if bn is not None:
         z = bn(z)
-    if residual is not None and form.residual_order == "add_act":
-        z = add(z)
-    if form.norm_acts:
-        pass
-    elif isinstance(act, nn.Module):
-        z = act(z)
-    elif act is not None:
-        activation = Activation(*act)
-        z = aten.activate(z, activation, inplace=activation.inplace)
-    if residual is not None and form.residual_order == "act_add":
-        z = add(z)
-    return z
+    return z if norm_acts else _activate(z, act)
+
+
+def _activate(z: Tensor, act: nn.Module | Activation | tuple[Any, ...] | None) -> Tensor:
+    if isinstance(act, nn.Module):
+        return act(z)
+    if act is None:
+        return z
+    activation = Activation(*act)
+    return aten.activate(z, activation, inplace=activation.inplace)

@@ -130,10 +130,13 @@ def finalise(
 ) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal deviation of all parts together; the running statistics are updated in place."""
     count, mean, squares = merge(parts)
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    if running_var is not None:
-        running_var.lerp_((squares / (count - 1)).to(running_var.dtype), momentum)
+    kept = tuple(t for t in (running_mean, running_var) if t is not None)
+    # PyTorch's batch norm writes to them unseen by autograd; where it was called before, its backward has them saved.
+    with torch.autograd._unsafe_preserve_version_counter(kept):
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            running_var.lerp_((squares / (count - 1)).to(running_var.dtype), momentum)
     return mean, torch.rsqrt(squares / count + eps)
 
 

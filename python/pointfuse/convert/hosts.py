@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 
 from pointfuse.backends import aten, select
 from pointfuse.convert.graphs import Capture, ShapeGraphs
@@ -30,7 +31,7 @@ from pointfuse.modules import (
     leave_to_compiler,
     refuse_scripting,
     run_unit,
-    units_fused,
+    units_not_small,
     warn_once,
 )
 
@@ -152,19 +153,20 @@ def _sequential_forward(self: Any, input: Any) -> Any:
     kind = _kind_of_call(self, input)
     if kind is not None and kind == self.__dict__.get(_PLAIN):
         return self._pointfuse_forward(input)
-    if issubclass(type(input), fx.Proxy):
+    # A global hook may look at modules that a unit passes by.
+    if issubclass(type(input), fx.Proxy) or torch_module._has_any_global_hook():
         return self._pointfuse_forward(input)
-    before = units_fused()
+    before = units_not_small()
     y = run_sequence(_current_runs(self), input)
-    if units_fused() == before:
+    if units_not_small() == before:
         self.__dict__[_PLAIN] = kind
     return y
 
 
 def _kind_of_call(self: Any, x: Any) -> tuple[Any, ...] | None:
-    """What decides, with the modules as they are, whether any unit gains by being fused; ``None`` where all do.
+    """What decides, with the modules as they are, whether any unit is large enough to gain; ``None`` where all are.
 
-    Kept of a call in which none did, so that the next one spares itself the asking. The module's own forward gives the
+    Kept of a call in which none was, so that the next one spares itself the asking. The module's own forward gives the
     same in any case.
     """
     if select() is not aten or type(x) is not Tensor:
@@ -209,15 +211,15 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kind = _kind_of_call(self, args[0]) if args else None
     if kind is not None and kind == self.__dict__.get(_PLAIN):
         return self._pointfuse_forward(*args, **kwargs)
-    if any(issubclass(type(a), fx.Proxy) for a in args):
+    if torch_module._has_any_global_hook() or any(issubclass(type(a), fx.Proxy) for a in args):
         return self._pointfuse_forward(*args, **kwargs)
     trace = _current_trace(self)
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
-            before = units_fused()
+            before = units_not_small()
             y = trace.forward(self, *inputs)
-            if units_fused() == before:
+            if units_not_small() == before:
                 self.__dict__[_PLAIN] = kind
             return y
         warn_once(

@@ -158,11 +158,12 @@ class _Fuser:
             passed.append(self.modules[str(unit.target)])
             unit = unit.args[0]
         chain = self.units.get(unit) if isinstance(unit, fx.Node) and len(unit.users) == 1 else None
-        if chain is None or chain.residual is not None or not chain.fused_act:
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        if chain is None or chain.residual is not None or not chain.fused_act or not placeholders:
             return None
         assert isinstance(unit, fx.Node)
         self.elided += passed
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        last = placeholders[-1]
         more = []
         for name in ("pointfuse_residual", "pointfuse_act", "pointfuse_order", "pointfuse_inplace"):
             with self.graph.inserting_after(last):

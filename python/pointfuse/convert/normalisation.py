@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 import operator
+import types
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +71,8 @@ class _Steps(NamedTuple):
     elided: tuple[str, ...] = ()
 
 
+# Objects that a forward may read without their changing.
+_FIXED = (types.FunctionType, types.BuiltinFunctionType, type, enum.Enum, torch.dtype, torch.device)
 _PROVEN: WeakKeyDictionary[nn.Module, NormAct] = WeakKeyDictionary()
 # By class and all that its forward reads: a network has hundreds that differ in nothing but their channels.
 _STEPS: dict[Hashable, _Steps | None] = {}
@@ -84,10 +88,13 @@ def norm_act(module: nn.Module) -> NormAct | None:
     proof = _PROVEN.get(module)
     if proof is not None and proof.unchanged():
         return proof
-    names, reads = names_read(module), {}
+    # Batch norm's own settings are compared with what the forward gives, whether or not its code names them.
+    names, reads = names_read(module) | {"eps", "momentum", "track_running_stats"}, {}
     for training in (False, True):
         with in_mode(module, training):
             reads[training] = Reads(module, names)
+    if not all(isinstance(o, _FIXED) for _, _, o in reads[True].objects):
+        return None  # what it is made of may change unseen
     children = tuple((name, type(child)) for name, child in module.named_modules(remove_duplicate=False))
     key = (type(module).forward, children, *(r.signature() for r in reads.values()))
     try:

@@ -156,7 +156,7 @@ def install_hosts(found: list[HostPlan]) -> None:
             child = host.module.get_submodule(added.child)
             while is_sequential(child):
                 install(child)
-                child = list(child.children())[-1]
+                child = [m for m in child._modules.values() if m is not None][-1]
 
 
 def summarise(model: nn.Module, found: list[HostPlan], example_inputs: ExampleInputs = None) -> Plan:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from pointfuse.backends import aten
-from pointfuse.modules import has_hooks, in_graph
+from pointfuse.modules import has_hooks, in_graph, note_refusal
 from pointfuse.problem import Activation
 
 
@@ -32,10 +32,12 @@ def call_and_add(
         and not in_graph()
         and not torch_module._has_any_global_hook()
         and not has_hooks(child)
+        and type(child).__call__ is nn.Module.__call__
     ):
         y = run(x, residual, act, residual_order, residual_inplace)
         if y is not None:
             return y
+    note_refusal()
     y = child(x)
     y = y.add_(residual) if residual_inplace else y + residual
     if isinstance(act, nn.Module):

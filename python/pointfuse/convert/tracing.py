@@ -52,7 +52,8 @@ class Untraceable(Exception):
 class Reads:
     """What a forward may read of its module other than tensors: whether it is as it was when this was made.
 
-    The children of the module and of those that only hold others; which parameters and buffers are absent; and the
+    The children of the module and of those that only hold others; which parameters and buffers are absent; the
+    objects that it holds, such as functions, and their plain attributes; and the
     values of plain attributes, of the module and its children, whose ``names`` occur in the code of the module's class.
     """
 
@@ -62,6 +63,7 @@ class Reads:
         self.absent = [(d, _absent(d)) for d in (host._parameters, host._buffers)]
         self.values: list[tuple[dict[str, Any], tuple[str, ...], list[Any]]] = []
         self.containers: list[tuple[Any, Any]] = []
+        self.objects: list[tuple[dict[str, Any], str, Any]] = []
         for module in (host, *(m for _, m in own_children(host))):
             watched: dict[str, Any] = {}
             for name in names - ({"training"} if module is host else set()):
@@ -73,8 +75,21 @@ class Reads:
                 elif type(value) in (list, dict, set):
                     watched[name] = value
                     self.containers.append((value, copy.copy(value)))
+                elif name not in ("_parameters", "_buffers", "_modules"):
+                    self.objects.append((module.__dict__, name, value))
+                    self._watch_object(value, names)
             if watched:
                 self.values.append((module.__dict__, _shared(tuple(watched)), list(watched.values())))
+
+    def _watch_object(self, value: Any, names: frozenset[str]) -> None:
+        """Watch the plain attributes of an object, such as a configuration, that a module holds."""
+        held = getattr(value, "__dict__", None)
+        if type(held) is dict and not isinstance(value, type | Tensor | types.ModuleType):
+            plain = {
+                n: v for n, v in held.items() if n in names and isinstance(v, bool | int | float | str | tuple | None)
+            }
+            if plain:
+                self.values.append((held, tuple(plain), list(plain.values())))
 
     def unchanged(self) -> bool:
         """Whether a trace made together with this still stands for the forward."""
@@ -83,6 +98,7 @@ class Reads:
             and all(_absent(d) == absent for d, absent in self.absent)
             and all([d.get(n, _MISSING) for n in names] == then for d, names, then in self.values)
             and all(_same(now, then) for now, then in self.containers)
+            and all(d.get(name) is then for d, name, then in self.objects)
         )
 
     def signature(self) -> Hashable:
@@ -90,7 +106,8 @@ class Reads:
         if self.containers:
             return object()
         values = [tuple(zip(names, map(type, then), then, strict=True)) for _, names, then in self.values]
-        return tuple(values), tuple(absent for _, absent in self.absent)
+        objects = tuple((name, value) for _, name, value in self.objects)
+        return tuple(values), tuple(absent for _, absent in self.absent), objects
 
 
 _MISSING = object()
