@@ -4,6 +4,7 @@ the plans of two GPUs, and Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -710,12 +711,15 @@ def test_autocast_trains_on_the_kernels(place: Place, trained: list[str]) -> Non
     assert unit.conv.weight.grad.dtype == torch.float32
 
 
-def test_a_unit_whose_gradients_are_not_served_says_so(lenient: None, trained: list[str]) -> None:
+def test_a_residual_that_is_not_served_is_said_and_added_by_pytorch(lenient: None, trained: list[str]) -> None:
     unit = pointfuse.ConvBNAct2d(24, 40, 1)
     x, residual = torch.randn(2, 24, 6, 6), torch.randn(40, 1, 1)
+    exact = copy.deepcopy(unit).double()
     with pytest.warns(FallbackWarning, match="gradients are recorded of a call that is no plain unit's"):
         y = unit(x, residual)
-    assert not trained
+    assert trained  # the rest of the unit is
+    expected = exact.act(exact.bn(exact.conv(x.double())) + residual)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-2)
     assert y.requires_grad
     with pointfuse.use_backend(sys.modules["pointfuse.backends"].chosen(), strict=True), pytest.raises(RuntimeError):
         unit(x, residual)
