@@ -15,7 +15,6 @@ import numpy as np
 import pointfuse
 import pytest
 import torch
-import torch.distributed as dist
 from models_for_tests import ConvBNAct, gap, images, trained, unit
 from models_for_tests import one_thread as one_thread
 from pointfuse.folded import FoldedConv2d
@@ -108,15 +107,6 @@ def test_a_module_compiled_in_place_is_followed_and_a_copy_says_that_it_is_not_c
     plain = copy.deepcopy(intact.model)
     plain.load_state_dict(converted.state_dict())
     assert gap(intact.answer_of(converted), intact.answer_of(plain)) <= 2e-6
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    if not dist.is_gloo_available():
-        pytest.skip("this PyTorch is built without gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

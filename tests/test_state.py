@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pointfuse
 import pytest
 import torch
-import torch.distributed as dist
 from models_for_tests import Bottleneck, ConvBNAct, gap, images, trained, unit
 from models_for_tests import one_thread as one_thread
 from pointfuse.folded import FoldedConv2d
@@ -184,15 +183,6 @@ def test_an_average_that_writes_data_between_calls_is_followed() -> None:
 
 
 # Wrapped in DistributedDataParallel
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    if not dist.is_gloo_available():
-        pytest.skip("this PyTorch is built without gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -215,8 +215,14 @@ def run_unit(
     # What does not serve the residual may serve the rest of the unit.
     acts_first = order == "act_add"
     z = run_unit(x, conv, bn, act if acts_first else None, None, ("add_act", False, norm_acts, scale), recompute)
-    z = z.add_(residual) if inplace else z + residual
-    return z if acts_first else _activate(z, act)
+    return add_and_act(z, residual, None if acts_first else act, inplace)
+
+
+def add_and_act(
+    z: Tensor, residual: Tensor, act: nn.Module | Activation | tuple[Any, ...] | None, inplace: bool
+) -> Tensor:
+    """``act(z + residual)`` by PyTorch's operators; the sum in ``z``'s memory where the model has it there."""
+    return _activate(z.add_(residual) if inplace else z + residual, act)
 
 
 class _Count(threading.local):
@@ -229,7 +235,7 @@ _count = _Count()
 
 
 def units_not_small() -> int:
-    """How many units this thread has run fused, or not for another reason than that they were too small to gain."""
+    """How many units this thread has run fused, or refused for a reason other than their size."""
     return _count.fused + _count.refused
 
 

@@ -40,8 +40,8 @@ _EXAMPLE = "_pointfuse_example"
 _STALE = "_pointfuse_stale"
 _RUNS = "_pointfuse_runs"
 _GRAPHS = "_pointfuse_graphs"
-_PLAIN = "_pointfuse_plain"
-_OURS = (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS, _PLAIN)
+_TOO_SMALL = "_pointfuse_too_small"
+_OURS = (_TRACES, _EXAMPLE, _STALE, _RUNS, _GRAPHS, _TOO_SMALL)
 # A forward that reads an attribute which changes on every call is not worth tracing again and again.
 _MAX_STALE = 8
 
@@ -62,7 +62,7 @@ class _Host:
         state = self.__getstate__()
         if isinstance(state, dict):
             # Generated code does not travel.
-            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS, _GRAPHS, _PLAIN)}
+            state = {k: v for k, v in state.items() if k not in (_TRACES, _STALE, _RUNS, _GRAPHS, _TOO_SMALL)}
         return _restore, (self._pointfuse_class, *self._pointfuse_kind), state
 
     def __setstate__(self, state: Any) -> None:
@@ -151,15 +151,20 @@ def _sequential_forward(self: Any, input: Any) -> Any:
             leave_to_compiler(self)
         return self._pointfuse_forward(input)
     kind = _kind_of_call(self, input)
-    if kind is not None and kind == self.__dict__.get(_PLAIN):
+    if kind is not None and kind == self.__dict__.get(_TOO_SMALL):
         return self._pointfuse_forward(input)
     # A global hook may look at modules that a unit passes by.
     if issubclass(type(input), fx.Proxy) or torch_module._has_any_global_hook():
         return self._pointfuse_forward(input)
+    return _run_fused(self, kind, run_sequence, _current_runs(self), input)
+
+
+def _run_fused(self: Any, kind: tuple[Any, ...] | None, run: Callable[..., Any], *args: Any) -> Any:
+    """``run(*args)``, and remember its kind of call where no unit was large enough to gain."""
     before = units_not_small()
-    y = run_sequence(_current_runs(self), input)
+    y = run(*args)
     if units_not_small() == before:
-        self.__dict__[_PLAIN] = kind
+        self.__dict__[_TOO_SMALL] = kind
     return y
 
 
@@ -209,7 +214,7 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             leave_to_compiler(self)
         return self._pointfuse_forward(*args, **kwargs)
     kind = _kind_of_call(self, args[0]) if args else None
-    if kind is not None and kind == self.__dict__.get(_PLAIN):
+    if kind is not None and kind == self.__dict__.get(_TOO_SMALL):
         return self._pointfuse_forward(*args, **kwargs)
     if torch_module._has_any_global_hook() or any(issubclass(type(a), fx.Proxy) for a in args):
         return self._pointfuse_forward(*args, **kwargs)
@@ -217,11 +222,7 @@ def _traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if trace is not None:
         inputs = _inputs(trace, args, kwargs)
         if inputs is not None:
-            before = units_not_small()
-            y = trace.forward(self, *inputs)
-            if units_not_small() == before:
-                self.__dict__[_PLAIN] = kind
-            return y
+            return _run_fused(self, kind, trace.forward, self, *inputs)
         warn_once(
             f"{self._pointfuse_class.__name__}.forward was called in a way its conversion does not cover (arguments "
             "other than the tensors it needs, or a branch other than with the example inputs): it runs unfused"
@@ -337,7 +338,7 @@ def install(
         module.__dict__[_TRACES] = traces
         module.__dict__[_EXAMPLE] = example
     module.__dict__.pop(_RUNS, None)
-    module.__dict__.pop(_PLAIN, None)
+    module.__dict__.pop(_TOO_SMALL, None)
     _set_class(module, fused=True)
 
 

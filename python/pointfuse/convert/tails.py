@@ -7,9 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from pointfuse.backends import aten
-from pointfuse.modules import has_hooks, in_graph, note_refusal
-from pointfuse.problem import Activation
+from pointfuse.modules import add_and_act, has_hooks, in_graph, note_refusal
 
 
 def call_and_add(
@@ -38,8 +36,4 @@ def call_and_add(
         if y is not None:
             return y
     note_refusal()
-    y = child(x)
-    y = y.add_(residual) if residual_inplace else y + residual
-    if isinstance(act, nn.Module):
-        return act(y)
-    return y if act is None else aten.activate(y, (a := Activation(*act)), inplace=a.inplace)
+    return add_and_act(child(x), residual, act, residual_inplace)
