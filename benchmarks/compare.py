@@ -7,7 +7,6 @@ more than `LEAST`, and beyond the noise: three standard errors of the medians, b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.markup import escape
 
 from benchmarks.cases import TRAINING
 from benchmarks.peers import BASELINES, TRAINING_BASELINES
-from benchmarks.record import CaseResult, Result, read_cases
+from benchmarks.record import CaseResult, Result, Run, read_run
 from benchmarks.tables import add_notes, plain_table
 
 # Two runs of the same code on a CPU, 5 s a case, differed by up to 2.1% against their baseline and 3.5% by the clock,
@@ -96,8 +95,9 @@ def compare_files(before: Path, after: Path, console: Console, any_machine: bool
         ValueError: a file is none of results, they are of different machines (unless `any_machine`), or they have
             no case in common.
     """
-    cases = [read_cases(path) for path in (before, after)]
-    machines = [_machine(path) for path in (before, after)]
+    runs = [read_run(path) for path in (before, after)]
+    cases = [list(run.cases) for run in runs]
+    machines = [_machine(run) for run in runs]
     if machines[0] != machines[1] and not any_machine:
         raise ValueError(
             f"{before} is of {machines[0]} and {after} of {machines[1]}: figures of different machines say nothing of "
@@ -173,9 +173,6 @@ def _left_out(before: Sequence[CaseResult], after: Sequence[CaseResult]) -> list
     )
 
 
-def _machine(path: Path) -> str:
-    """The device and, of a CPU, its threads, as a file has them."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    device = content.get("device", "an unnamed device")
-    threads = content.get("machine", {}).get("threads")
-    return f"{device}, {threads} threads" if device == content.get("machine", {}).get("cpu") else str(device)
+def _machine(run: Run) -> str:
+    """The device and, of a CPU, its threads."""
+    return run.device if run.on_gpu else f"{run.device}, {run.machine['threads']} threads"

@@ -67,6 +67,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """The state of a device at one moment; None for what it does not tell.
+
+    Attributes:
+        clock_mhz: of a GPU's multiprocessors, or the mean of a CPU's cores.
+        temperature_c: of the GPU, or the warmest of a CPU's sensors.
+        power_w: what the GPU draws.
+    """
+
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """The results of one case.
 
@@ -83,6 +98,12 @@ class CaseResult:
             training steps too.
         autocast: whether a training step ran its forward under autocast, with parameters in fp32; None at inference.
         inplace: whether a training step's activations write over their input; None at inference.
+        layout: of the input, "NCHW" or "channels_last", which all contenders run in but those that name another.
+        axis, at: of a case that is a point of a curve, what grows along it ("batch", "plane" or "channels") and how
+            large it is here; None for others.
+        drift: how many times as long everything took in the last third of the timing as in the first; None where there
+            were too few rounds to tell.
+        before, after: the state of the device on either side of the timing.
     """
 
     suite: str
@@ -100,11 +121,23 @@ class CaseResult:
     floor_us: float | None = None
     autocast: bool | None = None
     inplace: bool | None = None
+    layout: str = "channels_last"
+    axis: str | None = None
+    at: int | None = None
+    drift: float | None = None
+    before: Conditions | None = None
+    after: Conditions | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training step."""
+        return self.autocast is not None
 
     @property
     def title(self) -> str:
         title = f"{self.suite}: {self.name}, batch {self.batch}, {self.dtype}"
-        ways = ["autocast"] if self.autocast else []
+        ways = ["NCHW"] if self.layout == "NCHW" else []
+        ways += ["autocast"] if self.autocast else []
         ways += [f"{self.l2} L2"] if self.l2 else []
         if self.graphs is not None:
             ways.append("CUDA graphs" if self.graphs else "no CUDA graphs")
@@ -114,19 +147,60 @@ class CaseResult:
         return next((result for result in self.results if result.contender == contender), None)
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A case that could not be built, as where its model's package is not installed."""
+
+    title: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file of results.
+
+    Attributes:
+        commit, dirty: of the checkout, and whether anything in it was changed; None outside one.
+        date: when it was written last, ISO 8601, UTC.
+        machine: "cpu", "cores", "threads" and "system".
+        device: the name of what the figures are of: a GPU's, or the CPU's.
+        versions: of what they depend on; None for what is not there.
+        settings: the run's; "argv" is what it was started with.
+        ceilings, ceilings_after: measured before the first case and after the last.
+        complete: false where the run ended before its last case.
+        left: how many cases it had not run by then.
+    """
+
+    commit: str | None
+    dirty: bool | None
+    date: str
+    machine: Mapping[str, Any]
+    device: str
+    versions: Mapping[str, str | None]
+    settings: Mapping[str, Any]
+    ceilings: Ceilings | None
+    complete: bool
+    cases: tuple[CaseResult, ...]
+    ceilings_after: Ceilings | None = None
+    skipped: tuple[Skipped, ...] = ()
+    left: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != self.machine["cpu"]
+
+
 def report(
     cases: Iterable[CaseResult],
     device: torch.device,
     settings: Mapping[str, Any],
     complete: bool,
     ceilings: Ceilings | None = None,
+    ceilings_after: Ceilings | None = None,
+    skipped: Iterable[Skipped] = (),
+    left: int = 0,
 ) -> dict[str, Any]:
-    """Everything needed to read the figures later: commit, date, machine, versions, settings and the results.
-
-    Args:
-        complete: false where the run ended before its last case.
-        ceilings: those measured in the run, if any.
-    """
+    """Everything needed to read the figures later, as :class:`Run` has it."""
     return {
         "schema": SCHEMA,
         **_commit(),
@@ -141,22 +215,37 @@ def report(
         "versions": versions(),
         "settings": dict(settings),
         "ceilings": None if ceilings is None else asdict(ceilings),
+        "ceilings_after": None if ceilings_after is None else asdict(ceilings_after),
         "complete": complete,
+        "left": left,
+        "skipped": [asdict(case) for case in skipped],
         "cases": [asdict(case) for case in cases],
     }
 
 
-def read_cases(path: Path) -> list[CaseResult]:
-    """The cases of a file that a run wrote.
+def read_run(path: Path) -> Run:
+    """A file that a run wrote.
 
     Raises:
         OSError: the file cannot be opened.
         ValueError: it is not such a file.
     """
     try:
-        return [_case(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["cases"]]
-    except (KeyError, TypeError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (schema := content.pop("schema")) != SCHEMA:
+            raise ValueError(f"schema {schema}, read is {SCHEMA}")
+        for name in ("ceilings", "ceilings_after"):
+            content[name] = None if content.get(name) is None else Ceilings(**content[name])
+        cases = tuple(_case(entry) for entry in content.pop("cases"))
+        skipped = tuple(Skipped(**entry) for entry in content.pop("skipped", ()))
+        return Run(**content, cases=cases, skipped=skipped)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of results: {type(error).__name__}: {error}") from error
+
+
+def read_cases(path: Path) -> list[CaseResult]:
+    """The cases of a file that a run wrote; raises as :func:`read_run` does."""
+    return list(read_run(path).cases)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -218,7 +307,8 @@ def versions() -> dict[str, str | None]:
 
 def _case(entry: Mapping[str, Any]) -> CaseResult:
     results = tuple(_result(result) for result in entry["results"])
-    return CaseResult(**{**entry, "input_shape": tuple(entry["input_shape"]), "results": results})
+    conditions = {name: None if entry.get(name) is None else Conditions(**entry[name]) for name in ("before", "after")}
+    return CaseResult(**{**entry, **conditions, "input_shape": tuple(entry["input_shape"]), "results": results})
 
 
 def _result(entry: Mapping[str, Any]) -> Result:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 from benchmarks import run
 from benchmarks.compare import Change, compare
-from benchmarks.record import CaseResult, Quantiles, Result
+from benchmarks.record import CaseResult, Quantiles, Result, report, write_json
 
 EAGER, FROZEN = "eager channels_last", "pointfuse frozen"
 
@@ -113,8 +111,8 @@ def test_only_what_both_ran_is_compared() -> None:
 
 def write(path: Path, milliseconds: float, device: str = "a CPU", name: str = "13x13") -> Path:
     made = case(result(EAGER, 20.0), result(FROZEN, milliseconds), name=name)
-    content: dict[str, Any] = {"device": device, "machine": {"cpu": "a CPU", "threads": 2}, "cases": [asdict(made)]}
-    path.write_text(json.dumps(content), encoding="utf-8")
+    content = report([made], torch.device("cpu"), {}, complete=True)
+    write_json(path, {**content, "device": device, "machine": {"cpu": "a CPU", "threads": 2}})
     return path
 
 

@@ -279,7 +279,10 @@ def test_the_report_says_what_is_needed_to_read_it(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     write_json(path, report([example_result()], CPU, settings, complete=True))
     content = json.loads(path.read_text())
-    assert " ".join(content) == "schema commit dirty date machine device versions settings ceilings complete cases"
+    assert (
+        " ".join(content)
+        == "schema commit dirty date machine device versions settings ceilings ceilings_after complete left skipped cases"
+    )
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert set(content["machine"]) == {"cpu", "cores", "threads", "system"}
     assert content["versions"]["torch"] == torch.__version__
