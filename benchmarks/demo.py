@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(_differences(checked))
 
     jobs = _jobs(network, model, options.quick)
-    if not run_jobs(jobs, BASELINES, console, results.append, show_differences):
+    if not run_jobs(jobs, BASELINES, console, results.append, show_differences).complete:
         console.print("interrupted")
         return EXIT_INTERRUPTED
     # The stacks first: the table goes from the parts to the whole.

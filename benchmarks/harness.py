@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.conditions import conditions
 from benchmarks.record import CaseResult, Quantiles, Result
-from benchmarks.timing import DTYPES, Method, Output, Prepared, Staged, Timer, first_line
+from benchmarks.timing import DTYPES, Method, Output, Prepared, Staged, Timer, first_line, layout_of
 from benchmarks.training import Step, peak_bytes, saved_bytes
 
 
@@ -32,18 +33,25 @@ class Case:
         suite: a name from `SUITES`.
         name: what is run, in words, unique within a suite, batch and dtype.
         model: in eval mode, on the device and in the dtype to be timed; or a training step.
-        x: the input, contiguous, on the model's device and in its dtype; of a training step under autocast in that of
-            autocast, as the layer before gives it.
+        x: the input, on the model's device and in its dtype; of a training step under autocast in that of autocast, as
+            the layer before gives it. Its layout is what contenders run in, but those that name another.
+        tf32: whether fp32 may be rounded to TF32.
+        axis, at: of a point of a curve, what grows along it and how large it is here.
     """
 
     suite: str
     name: str
     model: nn.Module
     x: Tensor
+    tf32: bool = False
+    axis: str | None = None
+    at: int | None = None
 
     @property
     def dtype(self) -> str:
-        return next((name for name, dtype in DTYPES.items() if dtype == self.x.dtype), str(self.x.dtype))
+        """A name from `DTYPES`."""
+        names = [name for name, dtype in DTYPES.items() if dtype == self.x.dtype and self.tf32 == (name == "tf32")]
+        return names[0] if names else str(self.x.dtype)
 
     @property
     def step(self) -> Step | None:
@@ -146,10 +154,10 @@ def time_case(
         timer: one of the method's.
         on_progress: called with the fraction done after each round.
     """
-    before = _cpu_times()
-    samples, complete = _time_rounds(checked.staged, limits, timer, on_progress)
-    disturbance = _disturbance(before, _cpu_times())
     case, shape = checked.case, tuple(checked.case.x.shape)
+    busy, before = _cpu_times(), conditions(case.x.device)
+    samples, complete = _time_rounds(checked.staged, limits, timer, on_progress)
+    disturbance, after = _disturbance(busy, _cpu_times()), conditions(case.x.device)
     results = _with_speedups([_timed(verdict, samples) for verdict in checked.verdicts], baselines)
     return CaseResult(
         suite=case.suite,
@@ -164,6 +172,12 @@ def time_case(
         graphs=checked.method.graphs,
         autocast=None if case.step is None else case.step.autocast is not None,
         inplace=None if case.step is None else case.step.inplace,
+        layout=layout_of(case.x),
+        axis=case.axis,
+        at=case.at,
+        drift=drift(samples),
+        before=before,
+        after=after,
     )
 
 
@@ -179,6 +193,17 @@ def normalised_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> tup
     return tuple(
         float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
         for a, b in zip(outputs, truth, strict=True)
+    )
+
+
+def drift(samples: Mapping[str, Sequence[float]]) -> float | None:
+    """How many times as long the last third of the timings took as the first: of each contender the medians' ratio, of
+    these the geometric mean. None with fewer than three timings to a third."""
+    thirds = [(seconds, len(seconds) // 3) for seconds in samples.values()]
+    if not thirds or min(third for _, third in thirds) < 3:
+        return None
+    return statistics.geometric_mean(
+        statistics.median(seconds[-third:]) / statistics.median(seconds[:third]) for seconds, third in thirds
     )
 
 

@@ -1,6 +1,7 @@
 """The contenders: each a function from an eval model, or a training step, and an input to something that runs.
 
-Those that prefer channels_last get the model and the input in it, in a copy of their own. To add one, write its
+The input's layout, NCHW or channels_last, is the one to run in: contenders copy the model into it, but for the two of
+eager PyTorch, and cuDNN's graph, which name theirs. To add one, write its
 function under `@peer`; it shows in every suite of inference, or of training, or both, in the order of this file. On a
 GPU all of them may run as CUDA graphs, captured by the harness: none brings graphs of its own.
 """
@@ -10,8 +11,8 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Contender
-from benchmarks.timing import Prepared
+from benchmarks.timing import LAYOUTS, Prepared, layout_of
 from benchmarks.training import Step
 
 EAGER_NCHW = "eager NCHW"
@@ -71,25 +72,25 @@ def _reset_dynamo() -> None:
 
 @peer(EAGER_NCHW, trains=True)
 def eager_nchw(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(model, x)
+    return Prepared(*_in_layout(model, x, "NCHW"))
 
 
 @peer(EAGER_CHANNELS_LAST, trains=True)
 def eager_channels_last(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(*_channels_last(model, x))
+    return Prepared(*_in_layout(model, x, "channels_last"))
 
 
 @peer("folded in-place")
 def folded(model: nn.Module, x: Tensor) -> Prepared:
     """Batch norm folded into the convolution by hand, the usual way to deploy without a compiler."""
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x)
     _fold(model)
     return Prepared(model, x)
 
 
 @peer(COMPILED, reset=_reset_dynamo, trains=True)
 def compiled(model: nn.Module, x: Tensor) -> Prepared:
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x)
     run = _compiled(model, {})
     run(x)
     return Prepared(run, x)
@@ -111,7 +112,7 @@ def compiled_autotuned(model: nn.Module, x: Tensor) -> Prepared:
     options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     if not isinstance(model, Step):
         return _compiled_frozen(model, x, options)
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x)
     run = _compiled(model, options)
     run(x)
     return Prepared(run, x)
@@ -122,7 +123,7 @@ def cudnn_graph(model: nn.Module, x: Tensor) -> Prepared:
     """Batch norm folded, and each unit one graph of cuDNN's: convolution, bias and activation."""
     from benchmarks.cudnn_graph import fuse_units
 
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x, "channels_last")
     fuse_units(model)
     return Prepared(model, x)
 
@@ -215,7 +216,7 @@ def _compiled(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 def _compiled_frozen(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Prepared:
     import torch._inductor.config as inductor
 
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x)
     # The option keeps this compilation apart from the plain one, whose code for the same forward would be reused. The
     # patch is for dynamo, which reads the global setting when it compiles: at the first call.
     run = torch.compile(model, dynamic=False, options={**options, "freezing": True})
@@ -227,7 +228,7 @@ def _compiled_frozen(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Pr
 def _converted(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, Tensor]:
     import pointfuse
 
-    model, x = _channels_last(model, x)
+    model, x = _in_layout(model, x)
     with warnings.catch_warnings():
         # The heads' last convolutions are timed alone too, and have nothing behind them to fuse.
         warnings.filterwarnings("ignore", "pointfuse.convert found no unit", UserWarning)
@@ -237,42 +238,55 @@ def _converted(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, 
 def _frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     import pointfuse
 
-    x = x.to(memory_format=torch.channels_last)
     return pointfuse.freeze(model, example_inputs=(x,)), x
 
 
 def _live_alone(backend: str, model: nn.Module, x: Tensor) -> Prepared:
     import pointfuse
 
-    alone = partial(_alone, backend)
+    others = _others(model)
+    alone = partial(_alone, backend, strict=not others)
     with alone():
         plan = pointfuse.plan(model)
         if not plan.units:
             raise ValueError("no unit to convert")
         model, x = _converted(model, x)
-        refuse_convolutions(model, x, allowed=len(plan.skipped))
+        refuse_convolutions(model, x, allowed=len(plan.skipped) + others)
     return Prepared(model, x, alone)
 
 
 def _frozen_alone(backend: str, model: nn.Module, x: Tensor) -> Prepared:
-    alone = partial(_alone, backend)
+    others = _others(model)
+    alone = partial(_alone, backend, strict=not others)
     with alone():
         model, x = _frozen(model, x)
-        refuse_convolutions(model, x, allowed=0)
+        refuse_convolutions(model, x, allowed=others)
     return Prepared(model, x, alone)
 
 
-def _alone(backend: str) -> AbstractContextManager[Any]:
+@contextmanager
+def _alone(backend: str, strict: bool) -> Iterator[None]:
     import pointfuse
 
-    return pointfuse.use_backend(backend, strict=True)
+    with warnings.catch_warnings():
+        # Where PyTorch must run some of a network, which ones is counted by `refuse_convolutions`.
+        warnings.filterwarnings("ignore", "pointfuse", UserWarning)
+        with pointfuse.use_backend(backend, strict=strict):
+            yield
 
 
-def _channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of both in channels_last."""
+def _others(model: nn.Module) -> int:
+    """How many convolutions are neither 1x1 nor 3x3, as the first of ResNet-50, which stay PyTorch's."""
+    sizes = [module.kernel_size for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return sum(size not in ((1, 1), (3, 3)) for size in sizes)
+
+
+def _in_layout(model: nn.Module, x: Tensor, layout: str | None = None) -> tuple[nn.Module, Tensor]:
+    """A copy of the model in a layout, the input's unless given, and the input in it."""
+    memory_format = LAYOUTS[layout or layout_of(x)]
     # mypy knows `to` without a memory format only.
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, x.to(memory_format=torch.channels_last)
+    model = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return model, x.contiguous(memory_format=memory_format)
 
 
 def _fold(model: nn.Module) -> None:
@@ -286,6 +300,6 @@ def _fold(model: nn.Module) -> None:
             setattr(model, conv_name, fuse_conv_bn_eval(conv, bn))
             setattr(model, bn_name, nn.Identity())
     for _, child in children:
-        if isinstance(child, nn.LeakyReLU):
+        if isinstance(child, nn.LeakyReLU | nn.ReLU):
             child.inplace = True
         _fold(child)

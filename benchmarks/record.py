@@ -203,7 +203,7 @@ def report(
     """Everything needed to read the figures later, as :class:`Run` has it."""
     return {
         "schema": SCHEMA,
-        **_commit(),
+        **commit_of_checkout(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_name(),
@@ -248,6 +248,21 @@ def read_cases(path: Path) -> list[CaseResult]:
     return list(read_run(path).cases)
 
 
+def newest_unfinished(root: Path) -> Path:
+    """Of the files of results below `root` the newest of a run that was not finished.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in sorted(root.glob("*/*.json"), key=lambda path: path.name, reverse=True):
+        try:
+            if read_run(path).left:
+                return path
+        except ValueError:
+            continue
+    raise ValueError(f"no file below {root} is of a run that was not finished")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` so that `path` holds either all of it or what it held before.
 
@@ -266,7 +281,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def result_path(root: Path, device: torch.device, now: datetime | None = None) -> Path:
     """`root`/<device>/<date and time>-<commit>.json"""
     moment = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
-    commit = _commit()["commit"]
+    commit = commit_of_checkout()["commit"]
     return root / slug(device_name(device)) / f"{moment}-{commit[:9] if commit else 'nocommit'}.json"
 
 
@@ -317,7 +332,8 @@ def _result(entry: Mapping[str, Any]) -> Result:
     return Result(**{**entry, "ms": ms, "errors": errors})
 
 
-def _commit() -> dict[str, Any]:
+def commit_of_checkout() -> dict[str, Any]:
+    """ "commit" and "dirty", as :class:`Run` has them."""
     commit = _git("rev-parse", "--verify", "HEAD")
     status = _git("status", "--porcelain")
     return {"commit": commit, "dirty": None if status is None else bool(status)}

@@ -1,12 +1,14 @@
 """The floor of a model's time: what its convolutions must compute and move, over what the device was seen to do.
 
 Two ceilings are measured in the same run as the contenders: the rate of a large copy and of a large matrix product.
-A layer takes at least the larger of its FLOPs over the one and its bytes over the other; a model the sum of these.
+A layer takes at least the larger of its FLOPs over the one and its bytes over the other; a model the sum of these. What
+a cache holds, a GPU's warm L2 or a CPU's, is not read from memory again: there less than the floor is possible.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import DTYPES, device_seconds
+from benchmarks.timing import DTYPES, device_seconds, tf32_allowed
 
-COPY_BYTES = 1 << 30
-MATRIX_SIDE = 8192
+# By the type of device: large enough to leave every cache.
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+# Half as large while a product takes longer than that: a CPU without fp16 arithmetic takes minutes for the largest.
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+LONGEST_PRODUCT = 1.0
 WARMUP, REPEATS = 3, 10
 
 
@@ -80,40 +85,48 @@ def floor_seconds(work: Iterable[Work], ceilings: Ceilings, dtype: str) -> float
 def measure_ceilings(
     device: torch.device,
     dtypes: Sequence[str],
-    seconds: Callable[[Callable[[], Any]], float] = device_seconds,
+    seconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Ceilings:
     """Measure both ceilings on random data: zeros multiply faster than what a network multiplies.
 
     Args:
-        seconds: how long a call takes on the device.
+        seconds: how long a call takes on the device; by default events tell, or on a CPU the clock.
     """
-    bandwidth = 2 * COPY_BYTES / _median_seconds(_copy(device), seconds)
-    flops = 2 * MATRIX_SIDE**3
-    rates = {dtype: flops / _median_seconds(_product(device, DTYPES[dtype]), seconds) for dtype in dtypes}
+    seconds = seconds or (device_seconds if device.type == "cuda" else _wall_seconds)
+    bandwidth = 2 * COPY_BYTES[device.type] / _median_seconds(_copy(device), seconds)
+    rates = {dtype: _product_rate(device, dtype, seconds) for dtype in dtypes}
     return Ceilings(bytes_per_second=bandwidth, flops_per_second=rates)
 
 
 def _copy(device: torch.device) -> Callable[[], Any]:
-    source = torch.empty(COPY_BYTES // 4, dtype=torch.int32, device=device).random_()
+    source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    a, b = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(dtype) for _ in range(2))
+def _product_rate(device: torch.device, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> float:
+    side = MATRIX_SIDE[device.type] // 8
+    # Twice the side is eight times the work.
+    while side < MATRIX_SIDE[device.type] and 8 * seconds(_product(device, dtype, side)) < LONGEST_PRODUCT:
+        side *= 2
+    return 2 * side**3 / _median_seconds(_product(device, dtype, side), seconds)
+
+
+def _product(device: torch.device, dtype: str, side: int) -> Callable[[], Any]:
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     y = torch.empty_like(a)
 
     def multiply() -> None:
-        matmul = torch.backends.cuda.matmul
-        allowed = matmul.allow_tf32
-        # In fp32 the convolutions' setting counts: by default they may use TF32 and matrix products may not.
-        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        try:
+        with tf32_allowed(dtype == "tf32"):
             torch.matmul(a, b, out=y)
-        finally:
-            matmul.allow_tf32 = allowed
 
     return multiply
+
+
+def _wall_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _median_seconds(call: Callable[[], Any], seconds: Callable[[Callable[[], Any]], float]) -> float:

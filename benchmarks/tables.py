@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -17,6 +18,8 @@ from benchmarks.targets import Target, best_other, microseconds, speedup, times_
 
 # Above what the system's own upkeep takes on an idle machine.
 DISTURBED = 0.05
+# Above what the thirds of a quiet run differ by.
+DRIFTED = 0.05
 LOG_WIDTH = 120
 
 _MEMORY = {"saved_bytes": "saved MB", "peak_bytes": "peak MB"}
@@ -64,7 +67,7 @@ def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
         cells.append("-" if result.error is None else f"{result.error:.1e}")
         table.add_row(*cells, *(_megabytes(getattr(result, attribute)) for attribute in memory))
     floor = [] if case.floor_us is None else [f"floor: {case.floor_us:.1f} us at the ceilings measured in this run"]
-    add_notes(table, [*floor, *reasons(case.results), *disturbances([case])])
+    add_notes(table, [*floor, *reasons(case.results), *disturbances([case]), *_drifted(case)])
     return table
 
 
@@ -97,6 +100,26 @@ def ceilings_line(ceilings: Ceilings) -> str:
     return f"ceilings measured: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s; matrix product {rates}"
 
 
+def drift_lines(before: Ceilings | None, after: Ceilings | None, cases: Sequence[CaseResult]) -> list[str]:
+    """How the device changed in the course of a run: its ceilings, clock and temperature, and the case worst off."""
+    lines = []
+    if before is not None and after is not None:
+        changes = [f"copy {after.bytes_per_second / before.bytes_per_second - 1:+.1%}"]
+        rates = before.flops_per_second
+        changes += [f"{dtype} {after.flops_per_second[dtype] / rate - 1:+.1%}" for dtype, rate in rates.items()]
+        lines.append(f"ceilings after the run: {', '.join(changes)}")
+    for name, unit in (("clock_mhz", "MHz"), ("temperature_c", "C"), ("power_w", "W")):
+        states = [state for case in cases for state in (case.before, case.after) if state is not None]
+        readings = [reading for state in states if (reading := getattr(state, name)) is not None]
+        if readings:
+            lines.append(f"{name.partition('_')[0]}: {min(readings):.0f} to {max(readings):.0f} {unit}")
+    drifts = [(case.drift, case.title) for case in cases if case.drift is not None]
+    if drifts:
+        worst, title = max(drifts, key=lambda drift: abs(math.log(drift[0])))
+        lines.append(f"drift within a case: at most {worst - 1:+.1%} ({title})")
+    return lines
+
+
 def plain_table(title: str, first: str, *figures: str) -> Table:
     """An empty table of one column of names and columns of figures, narrow enough for a terminal of 80 characters."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -126,6 +149,12 @@ def disturbances(cases: Sequence[CaseResult]) -> list[str]:
         for case in cases
         if case.disturbance is not None and case.disturbance > DISTURBED
     ]
+
+
+def _drifted(case: CaseResult) -> list[str]:
+    if case.drift is None or abs(math.log(case.drift)) < math.log1p(DRIFTED):
+        return []
+    return [f"the last third of the timing took {case.drift - 1:+.0%} as against the first: the device changed speed"]
 
 
 def timing_cells(result: Result, baselines: Sequence[str], unit: str = "ms") -> list[str]:

@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,14 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# "tf32" is fp32 whose convolutions and products may round their operands to TF32, PyTorch's default on a GPU.
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+LAYOUTS: dict[str, torch.memory_format] = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 L2_STATES = ("cold", "warm")
 
 # What is rotated: with the cache flushed, one would do; several also keep out what depends on one address or value.
@@ -101,6 +108,23 @@ def overhead_method(device: torch.device) -> Method:
     if device.type != "cuda":
         return Method(direct, (HostTimer(),))
     return Method(direct, (HostTimer(partial(torch.cuda.synchronize, device)),), graphs=False)
+
+
+@contextlib.contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """A block in which convolutions and matrix products on a GPU may use TF32, or may not."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def layout_of(x: Tensor) -> str:
+    """Of `LAYOUTS` the one that an input is in; "NCHW" where it is in both."""
+    return "NCHW" if x.is_contiguous() else "channels_last"
 
 
 def direct(prepared: Prepared) -> Staged:

@@ -119,16 +119,27 @@ def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype, seed: int) ->
 
 @torch.no_grad()
 def keep_off_kinks(model: nn.Module, x: Tensor) -> Tensor:
-    """Move each batch norm's shift by at most `MAX_SHIFT`, so that no value it puts out for x is next to zero.
+    """Move batch norms' shifts by at most `MAX_SHIFT`, so that for x no activation is given a value next to zero.
 
-    There the derivative of the activation behind it jumps: a value that rounding moves across zero changes gradients by
-    more than any rounding, in PyTorch as well as in a contender, and by chance in one of them alone.
+    There its derivative jumps: a value that rounding moves across zero changes gradients by more than any rounding, in
+    PyTorch as well as in a contender, and by chance in one of them alone. Of each activation the batch norm that ran
+    last before it is moved, through a residual sum too.
 
     Returns:
         what the model gives.
     """
-    bns = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [bn.register_forward_hook(_into_the_widest_gap) for bn in bns]
+    last: list[nn.BatchNorm2d] = []
+
+    def remember(bn: nn.Module, inputs: tuple[Tensor], z: Tensor) -> None:
+        assert isinstance(bn, nn.BatchNorm2d)
+        last[:] = [bn]
+
+    def move(activation: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (_into_the_widest_gap(last.pop(), inputs[0]),) if last else None
+
+    modules = list(model.modules())
+    hooks = [module.register_forward_hook(remember) for module in modules if isinstance(module, nn.BatchNorm2d)]
+    hooks += [m.register_forward_pre_hook(move) for m in modules if isinstance(m, nn.LeakyReLU | nn.ReLU)]
     try:
         return model(x)
     finally:
@@ -136,9 +147,8 @@ def keep_off_kinks(model: nn.Module, x: Tensor) -> Tensor:
             hook.remove()
 
 
-def _into_the_widest_gap(bn: nn.Module, inputs: tuple[Tensor], z: Tensor) -> Tensor:
+def _into_the_widest_gap(bn: nn.BatchNorm2d, z: Tensor) -> Tensor:
     """Shift each channel of [batch, c, height, width] so that zero is in the middle of its widest gap around there."""
-    assert isinstance(bn, nn.BatchNorm2d)
     values = z.transpose(0, 1).flatten(1).sort(1).values
     gaps, middles = values.diff(dim=1), (values[:, 1:] + values[:, :-1]) / 2
     gaps = gaps.where(middles.abs() <= MAX_SHIFT, 0)

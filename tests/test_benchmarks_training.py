@@ -23,6 +23,7 @@ from benchmarks import peers, run, training
 from benchmarks.cases import SUITES, TRAINING, Variant
 from benchmarks.harness import Case, Contender, check_case
 from benchmarks.models.yolov3 import HEADS, SLOPE, Head
+from benchmarks.options import parse
 from benchmarks.record import CaseResult, Quantiles, Result, read_cases
 from benchmarks.targets import Target, training_targets
 from benchmarks.timing import DTYPES, Prepared, method_for
@@ -65,7 +66,8 @@ def test_the_suite_has_the_units_of_the_layers_and_then_each_stack() -> None:
     assert names == [*layers[:-1], "52x52 stack"]
     assert names[:3] == ["52x52 1x1 24->8", "52x52 3x3 8->16", "52x52 1x1 16->8"]
     heads_first = [pending.title for pending in SUITES[TRAINING]((13, 26), variant)]
-    assert heads_first[-2:] == ["training: 13x13 stack", "training: 26x26 stack"]
+    ends = ["training: 13x13 stack, batch 2, fp32", "training: 26x26 stack, batch 2, fp32"]
+    assert heads_first[-2:] == ends
 
 
 @pytest.mark.usefixtures("small_head")
@@ -75,7 +77,7 @@ def test_half_precision_trains_under_autocast_with_parameters_in_fp32(dtype: str
         case = pending.build()
         step = step_of(case)
         assert all(module.training for module in step.model.modules())
-        assert step.autocast == (None if dtype == "fp32" else DTYPES[dtype])
+        assert step.autocast == (None if DTYPES[dtype] == torch.float32 else DTYPES[dtype])
         assert not step.inplace
         assert {parameter.dtype for parameter in step.parameters()} == {torch.float32}
         y, d_x, *d_parameters = step(case.x)
@@ -390,7 +392,7 @@ def test_a_wrong_gradient_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
 def test_each_suite_has_the_contenders_that_are_for_it() -> None:
     compiled, kernels = [peers.COMPILED, peers.COMPILED_AUTOTUNED], [peers.CUDA_LIVE, peers.TRITON_LIVE]
     assert [*OF_A_CPU[:2], *compiled, *OF_A_CPU[2:], peers.COMPILED_CONVERTED, *kernels] == TRAINERS
-    options = run._parse(["--suite", "stack,training", "--device", "cpu", "--head", "13"])
+    options = parse(["--suite", "stack,training", "--device", "cpu", "--head", "13", "--quick"])
     stack, *steps = run._jobs(options)
     assert peers.RECOMPUTING not in [contender.name for contender in stack.contenders]
     assert peers.FROZEN in [contender.name for contender in stack.contenders]
@@ -418,7 +420,7 @@ def test_on_a_gpu_steps_run_cold_and_warm_and_as_graphs_if_asked(
     given: list[str], inference: bool, steps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    jobs = run._jobs(run._parse(["--suite", "stack,training", "--head", "52", *given]))
+    jobs = run._jobs(parse(["--suite", "stack,training", "--head", "52", "--batch", "1", *given]))
     assert [job.method.graphs for job in jobs] == [inference, *[steps] * 4]
     assert {tuple(timer.l2 for timer in job.method.timers) for job in jobs} == {("cold", "warm")}
     of_a_gpu = [name for name in TRAINERS if name != peers.COMPILED_CONVERTED]
