@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Each makes .venv on first use, installs what it needs and builds what has changed.
+# make demo | bench | test | lint | clean. Each makes .venv on first use, installs what it needs and builds what has changed.
 # `make test VENV= PYTHON=python3` uses that interpreter's own packages and installs nothing.
 
 PYTHON ?= python3
@@ -32,16 +32,18 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build sanitize gpu-check lint format clean check-python check-packages check-gpu
+.PHONY: help demo bench test build sanitize gpu-check lint format clean check-python check-packages check-gpu
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
+bench: PACKAGES = torch setuptools rich
 sanitize: PACKAGES = torch setuptools pytest
 test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis matplotlib PIL rich
 lint format: PACKAGES = torch mypy ruff
 
 help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
+	@echo "make bench   layers, stacks and networks against everything else, in nine minutes; BENCH_ARGS=--resume goes on"
 	@echo "make test    every test, with coverage"
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
 	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
@@ -52,6 +54,9 @@ help:
 
 demo: build
 	$(PY) benchmarks/demo.py $(DEMO_ARGS)
+
+bench: build
+	$(PY) benchmarks/run.py $(BENCH_ARGS)
 
 # Incremental: a second when nothing has changed.
 build: $(READY)

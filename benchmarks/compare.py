@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.cases import TRAINING
 from benchmarks.peers import BASELINES, TRAINING_BASELINES
 from benchmarks.record import CaseResult, Result, Run, read_run
 from benchmarks.tables import add_notes, plain_table
@@ -122,7 +121,7 @@ def _change(old_case: CaseResult, new_case: CaseResult, old: Result, new: Result
     by_clock = by_baseline = None
     if old.ms is not None and new.ms is not None:
         by_clock = _measure([old], [new])
-        for name in TRAINING_BASELINES if new_case.suite == TRAINING else BASELINES:
+        for name in TRAINING_BASELINES if new_case.trains else BASELINES:
             bases = old_case.result(name), new_case.result(name)
             if name == new.contender:
                 break

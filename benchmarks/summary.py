@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from benchmarks.cases import TRAINING
 from benchmarks.record import CaseResult, read_cases
 from benchmarks.tables import summary_table, targets_table, wide_console
 from benchmarks.targets import targets, training_targets
@@ -23,7 +22,7 @@ from benchmarks.targets import targets, training_targets
 
 def print_summary(cases: Sequence[CaseResult], console: Console) -> None:
     """A row for each case of inference, and its targets; then those of training, where there are steps."""
-    inference = [case for case in cases if case.suite != TRAINING]
+    inference = [case for case in cases if not case.trains]
     if inference:
         console.print(summary_table(inference))
         console.print(targets_table(targets(inference)))

@@ -17,6 +17,7 @@ from benchmarks.peers import (
     CUDA_LIVE,
     EAGER_CHANNELS_LAST,
     EAGER_NCHW,
+    FROZEN,
     RECOMPUTING,
     TRITON_FROZEN,
 )
@@ -56,6 +57,10 @@ def targets(cases: Iterable[CaseResult]) -> list[Target]:
         _at_most("1x1 layers, batch 1, warm: time", 4, " us", _pointwise(warm, 1), microseconds),
         _at_least("layers, cold: best contender's time over ours", 1.0, layers, speedup),
         _geometric_mean("the same, geometric mean", 1.3, layers, speedup),
+        _at_least(
+            'frozen under "auto", layers, cold: best contender\'s time over ours', 0.98,
+            _took_part(layers, FROZEN), partial(speedup, contender=FROZEN),
+        ),
         *(
             _at_most(f"13x13 stack, batch {batch}, cold: time", limit, " us", _stack(cold, batch), microseconds)
             for batch, limit in ((1, 45), (8, 90), (64, 600))
@@ -115,9 +120,9 @@ def times_floor(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
     return None if ours is None or not case.floor_us else ours / case.floor_us
 
 
-def speedup(case: CaseResult) -> float | None:
-    """The best other contender's median over ours; None where either is missing."""
-    ours, best = microseconds(case), _median_us(best_other(case))
+def speedup(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
+    """The best other contender's median over one of ours; None where either is missing."""
+    ours, best = microseconds(case, contender), _median_us(best_other(case))
     return None if ours is None or best is None else best / ours
 
 
