@@ -9,6 +9,7 @@ GPU all of them may run as CUDA graphs, captured by the harness: none brings gra
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ COMPILED = "torch.compile"
 COMPILED_FREEZING = "torch.compile freezing"
 COMPILED_AUTOTUNED = "torch.compile max-autotune"
 CUDNN_GRAPH = "cuDNN graph"
+INPLACE_ABN = "inplace_abn"
 CONVERTED = "pointfuse converted"
 RECOMPUTING = "pointfuse recompute"
 COMPILED_CONVERTED = "torch.compile of converted"
@@ -125,6 +127,17 @@ def cudnn_graph(model: nn.Module, x: Tensor) -> Prepared:
 
     model, x = _in_layout(model, x, "channels_last")
     fuse_units(model)
+    return Prepared(model, x)
+
+
+@peer(INPLACE_ABN, infers=False, trains=True)
+def inplace_abn(model: nn.Module, x: Tensor) -> Prepared:
+    """Batch norm and LeakyReLU as one operator that keeps its output alone for the backward, where the package of that
+    name is installed: https://github.com/mapillary/inplace_abn."""
+    activated = importlib.import_module("inplace_abn").InPlaceABN
+    model, x = _in_layout(model, x)
+    if not _activate_in_place(model, activated):
+        raise ValueError("no batch norm with a LeakyReLU behind it")
     return Prepared(model, x)
 
 
@@ -287,6 +300,26 @@ def _in_layout(model: nn.Module, x: Tensor, layout: str | None = None) -> tuple[
     # mypy knows `to` without a memory format only.
     model = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
     return model, x.contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def _activate_in_place(model: nn.Module, activated: Callable[..., nn.Module]) -> int:
+    """Make one module of each batch norm and the LeakyReLU that follows it among a module's children; returns how many.
+
+    Holds for YOLOv3, whose children are registered in the order in which they run.
+    """
+    children = list(model.named_children())
+    count = 0
+    for (bn_name, bn), (act_name, act) in itertools.pairwise(children):
+        if isinstance(bn, nn.BatchNorm2d) and isinstance(act, nn.LeakyReLU):
+            unit = activated(bn.num_features, bn.eps, bn.momentum, activation_param=act.negative_slope)
+            unit.load_state_dict(bn.state_dict())
+            # It scales by |weight| + eps.
+            cast(nn.Parameter, unit.weight).sub_(bn.eps)
+            setattr(model, bn_name, unit.to(bn.weight.device).train(bn.training))
+            setattr(model, act_name, nn.Identity())
+            count += 1
+    return count + sum(_activate_in_place(child, activated) for _, child in children)
 
 
 def _fold(model: nn.Module) -> None:

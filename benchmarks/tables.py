@@ -66,7 +66,7 @@ def case_table(case: CaseResult, baselines: Sequence[str]) -> Table:
             cells.insert(4, "-" if result.ms is None else f"{result.ms.p50 * 1e3 / case.floor_us:.2f}")
         cells.append("-" if result.error is None else f"{result.error:.1e}")
         table.add_row(*cells, *(_megabytes(getattr(result, attribute)) for attribute in memory))
-    floor = [] if case.floor_us is None else [f"floor: {case.floor_us:.1f} us at the ceilings measured in this run"]
+    floor = [] if case.floor_us is None else [f"floor: {_in(unit, case.floor_us)} at the ceilings measured in this run"]
     add_notes(table, [*floor, *reasons(case.results), *disturbances([case]), *_drifted(case)])
     return table
 
@@ -168,6 +168,10 @@ def timing_cells(result: Result, baselines: Sequence[str], unit: str = "ms") -> 
         *(f"{figure:.{2 if figure < 1000 else 0}f}" for figure in figures),
         *(f"{result.speedup[name]:.2f}" if name in result.speedup else "-" for name in baselines),
     ]
+
+
+def _in(unit: str, us: float) -> str:
+    return f"{us:.1f} us" if unit == "us" else f"{us / 1e3:.2f} ms"
 
 
 def _megabytes(size: int | None) -> str:

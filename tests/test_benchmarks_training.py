@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -126,6 +127,43 @@ def test_the_contenders_of_a_cpu_are_right(dtype: str, kernel_size: int) -> None
     for verdict in check_case(case, [peers.PEERS[name] for name in OF_A_CPU], METHOD).verdicts:
         assert (verdict.status, verdict.reason) == ("ok", None)
         assert len(verdict.errors) == 5
+
+
+class FakeInPlaceABN(nn.BatchNorm2d):
+    """What is used of inplace_abn: its arguments, and what it computes, by PyTorch's operators."""
+
+    def __init__(self, num_features: int, eps: float, momentum: float, activation_param: float) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.activation, self.activation_param = "leaky_relu", activation_param
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.abs() + self.eps
+        z = F.batch_norm(
+            x, self.running_mean, self.running_var, weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return F.leaky_relu(z, self.activation_param)
+
+
+def test_inplace_abn_computes_the_same_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = peers.PEERS[peers.INPLACE_ABN]
+    monkeypatch.setitem(sys.modules, "inplace_abn", None)
+    case = small_case()
+    (verdict,) = check_case(case, [contender], METHOD).verdicts
+    assert verdict.status == "failed"
+    assert "inplace_abn" in str(verdict.reason)
+
+    monkeypatch.setitem(sys.modules, "inplace_abn", SimpleNamespace(InPlaceABN=FakeInPlaceABN))
+    (verdict,) = check_case(case, [contender], METHOD).verdicts
+    assert (verdict.status, verdict.reason) == ("ok", None)
+    with torch.no_grad():
+        made = contender.build(case.model, case.x).run
+    assert isinstance(made, Step)
+    assert [type(module) for module in made.model] == [nn.Conv2d, FakeInPlaceABN, nn.Identity]
+    assert made.model[1].training
+    assert made.model[1].activation_param == SLOPE
+    without = Step(nn.Sequential(nn.Conv2d(8, 4, 1)), torch.zeros(1), None)
+    with pytest.raises(ValueError, match="no batch norm with a LeakyReLU"):
+        contender.build(without, case.x)
 
 
 @pytest.mark.parametrize("name", [peers.COMPILED, peers.COMPILED_CONVERTED])
@@ -391,13 +429,14 @@ def test_a_wrong_gradient_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_each_suite_has_the_contenders_that_are_for_it() -> None:
     compiled, kernels = [peers.COMPILED, peers.COMPILED_AUTOTUNED], [peers.CUDA_LIVE, peers.TRITON_LIVE]
-    assert [*OF_A_CPU[:2], *compiled, *OF_A_CPU[2:], peers.COMPILED_CONVERTED, *kernels] == TRAINERS
+    others = [*compiled, peers.INPLACE_ABN]
+    assert [*OF_A_CPU[:2], *others, *OF_A_CPU[2:], peers.COMPILED_CONVERTED, *kernels] == TRAINERS
     options = parse(["--suite", "stack,training", "--device", "cpu", "--head", "13", "--quick"])
     stack, *steps = run._jobs(options)
     assert peers.RECOMPUTING not in [contender.name for contender in stack.contenders]
     assert peers.FROZEN in [contender.name for contender in stack.contenders]
     for job in steps:
-        names = [*OF_A_CPU[:2], peers.COMPILED, *OF_A_CPU[2:], peers.COMPILED_CONVERTED]
+        names = [*OF_A_CPU[:2], peers.COMPILED, peers.INPLACE_ABN, *OF_A_CPU[2:], peers.COMPILED_CONVERTED]
         assert [c.name for c in job.contenders] == names
 
 
