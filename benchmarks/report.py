@@ -36,7 +36,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
         ValueError: a file is none of results, or they are of different machines.
     """
     merged = merge(read_sources(paths))
-    newest = next(path for path in paths if path.name == merged.sources[-1].name)
+    newest = merged.sources[-1].path
     page = (output or newest.parent) / f"{newest.stem}.html"
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

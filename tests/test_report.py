@@ -41,7 +41,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def merged(*runs: Any) -> Merged:
-    return merge([Source(f"{index}.json", run) for index, run in enumerate(runs)])
+    return merge([Source(Path(f"{index}.json"), run) for index, run in enumerate(runs)])
 
 
 def one(*results: Result, **more: Any) -> Merged:
@@ -325,23 +325,27 @@ def column(opened: Opened, name: str) -> list[str]:
     return found
 
 
-def test_a_heading_sorts_by_number_and_what_has_none_stays_last(everything: Path, browser: Any) -> None:
+@pytest.mark.parametrize(("name", "without"), [("median µs", 3), ("error", 2)], ids=["latency", "error"])
+def test_a_heading_sorts_by_number_and_what_has_none_stays_last(
+    everything: Path, browser: Any, name: str, without: int
+) -> None:
     opened = Opened(browser, everything)
-    header = opened.page.locator("table.sortable").first.locator("th", has_text="median ms")
-    before, names = column(opened, "median ms"), column(opened, "contender")
+    headers = opened.page.locator("table.sortable").first.locator("th")
+    header = headers.filter(has_text=name)
+    before, names = column(opened, name), column(opened, "contender")
+    figures = sorted((text for text in before if text[:1].isdigit()), key=float)
+    others = [text for text in before if not text[:1].isdigit()]
+    assert len(others) == without
+    assert before != figures + others
     assert names != sorted(names)
-    timings = sorted((text for text in before if text[0].isdigit()), key=float)
-    others = [text for text in before if not text[0].isdigit()]
-    assert len(others) == 3
-    assert before != timings + others
     assert header.get_attribute("aria-sort") == "none"
     header.locator("button").click()
-    assert column(opened, "median ms") == timings + others
+    assert column(opened, name) == figures + others
     assert header.get_attribute("aria-sort") == "ascending"
     header.locator("button").press("Enter")
-    assert column(opened, "median ms") == timings[::-1] + others
+    assert column(opened, name) == figures[::-1] + others
     assert header.get_attribute("aria-sort") == "descending"
-    opened.page.locator("table.sortable").first.locator("th", has_text="contender").locator("button").click()
+    headers.filter(has_text="contender").locator("button").click()
     assert column(opened, "contender") == sorted(names)
     assert header.get_attribute("aria-sort") == "none"
 

@@ -28,10 +28,14 @@ LEVEL = 0.02
 
 @dataclass(frozen=True)
 class Source:
-    """A run, and the name of the file it is kept in."""
+    """A run, and the file it is kept in."""
 
-    name: str
+    path: Path
     run: Run
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Merged:
 
 def read_sources(paths: Iterable[Path]) -> list[Source]:
     """The runs of files; raises as :func:`benchmarks.record.read_run` does."""
-    return [Source(path.name, read_run(path)) for path in paths]
+    return [Source(path, read_run(path)) for path in paths]
 
 
 def merge(sources: Sequence[Source]) -> Merged:

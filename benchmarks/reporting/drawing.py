@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks import peers
+from benchmarks.record import CaseResult
 
 WIDTH = 10.5
 DPI = 150
@@ -169,6 +170,12 @@ def logarithmic(axis: Axis, label: Callable[[float], str], at: Sequence[float] |
     axis.set_major_locator(FixedLocator(at) if at else LogLocator(subs=close))
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     axis.set_minor_locator(NullLocator())
+
+
+def time_unit(cases: Iterable[CaseResult]) -> tuple[str, float]:
+    """Microseconds where all medians are below a millisecond, as on the terminal; and how many are a millisecond."""
+    medians = [result.ms.p50 for case in cases for result in case.results if result.ms is not None]
+    return ("µs", 1e3) if medians and max(medians) < 1 else ("ms", 1.0)
 
 
 def digits(value: float) -> str:

@@ -16,6 +16,7 @@ from benchmarks.peers import BASELINES, TRAINING_BASELINES
 from benchmarks.record import CaseResult, Conditions, Result, Run
 from benchmarks.reporting.analysis import (
     LEVEL,
+    GroupSummary,
     Merged,
     Source,
     Spread,
@@ -36,7 +37,7 @@ from benchmarks.reporting.analysis import (
     ways,
 )
 from benchmarks.reporting.caveats import warnings
-from benchmarks.reporting.drawing import DARK, DPI, LIGHT, Plot, digits, si
+from benchmarks.reporting.drawing import DARK, DPI, LIGHT, Plot, digits, si, time_unit
 from benchmarks.roofline import Ceilings
 
 _METHOD = "All contenders of a case run interleaved, after a check against float64."
@@ -107,29 +108,33 @@ def render(merged: Merged, pictures: Sequence[tuple[Plot, bytes, bytes]]) -> str
 def table(suite: str, cases: Sequence[CaseResult]) -> Table:
     """A row for each case and contender; columns without any figure are left out."""
     baselines = [name for name in dict.fromkeys((*BASELINES, *TRAINING_BASELINES)) if _has_baseline(cases, name)]
+    unit, scale = time_unit(cases)
     columns = {
         "case": Column("case", numeric=False),
         "batch": Column("batch"),
         "dtype": Column("dtype", numeric=False),
         "ways": Column("run with", numeric=False),
         "contender": Column("contender", numeric=False),
-        "median": Column("median ms"),
-        "p20": Column("20% ms"),
-        "p80": Column("80% ms"),
+        "median": Column(f"median {unit}"),
         **{name: Column(f"x {name}") for name in baselines},
         "floor": Column("of floor"),
+        "p20": Column(f"20% {unit}"),
+        "p80": Column(f"80% {unit}"),
         "error": Column("error"),
         "saved": Column("saved MB"),
         "peak": Column("peak MB"),
         "note": Column("note", numeric=False),
     }
+    common = _common_ways(cases)
     rows = []
     for case in cases:
         first = fastest(case.results)
+        apart = Cell(", ".join(way for way in ways(case).split(", ") if way not in common))
         for index, result in enumerate(case.results):
             classes = {"first": index == 0, "ours": is_ours(result), "fastest": result is first}
             classes["failed"] = result.status in ("failed", "wrong")
-            rows.append((_cells(case, result, baselines), " ".join(name for name, is_so in classes.items() if is_so)))
+            cells = {"ways": apart, **_cells(case, result, baselines, scale)}
+            rows.append((cells, " ".join(name for name, is_so in classes.items() if is_so)))
     used = [key for key in columns if any(cells[key].text for cells, _ in rows)]
     return Table(
         f"Results of the suite {suite}",
@@ -138,24 +143,33 @@ def table(suite: str, cases: Sequence[CaseResult]) -> Table:
     )
 
 
-def _cells(case: CaseResult, result: Result, baselines: Iterable[str]) -> dict[str, Cell]:
-    ms = result.ms
+def _cells(case: CaseResult, result: Result, baselines: Iterable[str], scale: float) -> dict[str, Cell]:
     return {
         "case": Cell(case.name if case.complete else f"{case.name} (cut short)"),
         "batch": _number(case.batch, "d"),
         "dtype": Cell(case.dtype),
-        "ways": Cell(ways(case)),
         "contender": Cell(result.contender, classes="name"),
-        "median": Cell(result.status, None, "n") if ms is None else Cell(_four_digits(ms.p50), f"{ms.p50:.6g}", "time"),
-        "p20": Cell("") if ms is None else Cell(_four_digits(ms.p20), f"{ms.p20:.6g}"),
-        "p80": Cell("") if ms is None else Cell(_four_digits(ms.p80), f"{ms.p80:.6g}"),
+        **_times(result, scale),
         **{name: _number(result.speedup.get(name), ".2f") for name in baselines},
         "floor": _number(of_floor(case, result), ".0%"),
         "error": _number(result.error, ".1e"),
         "saved": _number(_mega(result.saved_bytes), ".2f"),
         "peak": _number(_mega(result.peak_bytes), ".2f"),
-        "note": Cell(result.reason or ""),
+        "note": Cell(result.reason or "", classes="note"),
     }
+
+
+def _times(result: Result, scale: float) -> dict[str, Cell]:
+    if result.ms is None:
+        return {"median": Cell(result.status, classes="n"), "p20": Cell(""), "p80": Cell("")}
+    times = {"median": result.ms.p50 * scale, "p20": result.ms.p20 * scale, "p80": result.ms.p80 * scale}
+    return {key: Cell(_four_digits(time), f"{time:.6g}", key) for key, time in times.items()}
+
+
+def _common_ways(cases: Sequence[CaseResult]) -> list[str]:
+    """What all of them ran with."""
+    every = [ways(case).split(", ") for case in cases]
+    return [way for way in every[0] if way and all(way in others for others in every)]
 
 
 def _number(value: float | None, form: str) -> Cell:
@@ -195,7 +209,7 @@ def _subtitle(merged: Merged) -> str:
     return " · ".join([*parts, f"commit {', '.join(commits)}", counted(merged.cases)])
 
 
-def _summary_row(group: Any) -> dict[str, Any]:
+def _summary_row(group: GroupSummary) -> dict[str, Any]:
     compared = sum(standing.other is not None for standing in group.standings)
     return {
         "label": group.label,
@@ -244,7 +258,7 @@ def _setting(run: Run) -> str:
 
 
 def _suite_notes(cases: Sequence[CaseResult]) -> str:
-    notes = []
+    notes = [f"All ran with {', '.join(common)}."] if (common := _common_ways(cases)) else []
     if any(case.floor_us is not None for case in cases):
         notes.append(
             "Of floor is the floor over the median: 100% is as fast as the ceilings measured in the same run allow."

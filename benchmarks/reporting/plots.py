@@ -47,6 +47,7 @@ from benchmarks.reporting.drawing import (
     ratio_axis,
     si,
     tidy,
+    time_unit,
 )
 from benchmarks.roofline import Ceilings
 
@@ -124,7 +125,7 @@ def latency_plot(cases: Sequence[CaseResult]) -> Plot:
             [_label_within(case, cases), case.floor_us, [[r.contender, r.status, r.ms] for r in case.results]]
             for case in cases
         ],
-        lambda theme: _bars(cases, theme, _latency_panel),
+        lambda theme: _bars(cases, "latency", theme, _latency_panel),
     )
 
 
@@ -142,10 +143,10 @@ def memory_plot(cases: Sequence[CaseResult]) -> Plot:
         f"memory-{_name_of(cases)}",
         cases[0].suite,
         "What a step's forward keeps for its backward, in MB; less is better."
-        + " The open mark is the most that the step took at once." * has_peak,
+        + " The open mark, and the second figure, is the most that the step took at once." * has_peak,
         f"Bars of memory kept for the backward, {_what(cases)}, {counted(cases)}. {told}.".replace(" .", ""),
         [[_label_within(c, cases), [[r.contender, r.saved_bytes, r.peak_bytes] for r in c.results]] for c in cases],
-        lambda theme: _bars(cases, theme, _memory_panel),
+        lambda theme: _bars(cases, "memory kept", theme, _memory_panel),
     )
 
 
@@ -158,7 +159,7 @@ def scaling_plot(cases: Sequence[CaseResult]) -> Plot:
         columns = min(_COLUMNS, len(lines))
         rows = math.ceil(len(lines) / columns)
         figure = Figure(figsize=(WIDTH, 2.9 * rows + 0.8), layout="constrained")
-        figure.suptitle(_what(cases), x=0.005, ha="left", fontsize=10, fontweight="bold")
+        figure.suptitle(f"{_what(cases)}: latency", x=0.005, ha="left", fontsize=10, fontweight="bold")
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (label, curve) in zip(panels, lines.items(), strict=False):
             _curve_panel(axes, label, curve, names, theme)
@@ -305,7 +306,10 @@ def _timed(case: CaseResult) -> bool:
 
 
 def _bars(
-    cases: Sequence[CaseResult], theme: Theme, panel: Callable[[Axes, CaseResult, Sequence[str], Theme], str]
+    cases: Sequence[CaseResult],
+    title: str,
+    theme: Theme,
+    panel: Callable[[Axes, CaseResult, Sequence[str], Theme], str],
 ) -> Figure:
     names = contenders(cases)
     columns = min(_COLUMNS, len(cases))
@@ -314,7 +318,7 @@ def _bars(
         figsize=(WIDTH, rows * (0.36 + 0.185 * len(names)) + 0.35),
         layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06),
     )
-    figure.suptitle(_what(cases), x=0.005, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle(f"{_what(cases)}: {title}", x=0.005, ha="left", fontsize=10, fontweight="bold")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axes, case in zip(panels, cases, strict=False):
         # Each bar has its figure, so that an axis would say it twice.
@@ -335,7 +339,7 @@ def _bars(
 
 def _latency_panel(axes: Axes, case: CaseResult, names: Sequence[str], theme: Theme) -> str:
     """Draw the bars; returns their unit."""
-    unit, scale = _unit(case)
+    unit, scale = time_unit([case])
     widest = max(result.ms.p80 for result in case.results if result.ms is not None) * scale
     for y, name in enumerate(names):
         result = case.result(name)
@@ -368,14 +372,15 @@ def _memory_panel(axes: Axes, case: CaseResult, names: Sequence[str], theme: The
             continue
         saved = result.saved_bytes / 1e6
         axes.barh(y, saved, height=0.72, color=colour(name, theme), zorder=2)
-        right = saved
+        right, said = saved, digits(saved)
         if result.peak_bytes is not None:
             peak = result.peak_bytes / 1e6
             axes.scatter([peak], [y], s=20, facecolors="none", edgecolors=theme.text, linewidths=1, zorder=3)
-            right = max(saved, peak)
+            right, said = max(saved, peak), f"{said} / {digits(peak)}"
         weight = "bold" if name.startswith("pointfuse") else "normal"
-        axes.text(right + widest * 0.03, y, digits(saved), va="center", fontsize=7.5, fontweight=weight)
-    axes.set_xlim(0, widest * 1.2)
+        axes.text(right + widest * 0.03, y, said, va="center", fontsize=7.5, fontweight=weight)
+    has_peak = any(r.peak_bytes is not None for r in case.results)
+    axes.set_xlim(0, widest * (1.4 if has_peak else 1.2))
     return "MB"
 
 
@@ -464,9 +469,9 @@ def _roofline_told(cases: Sequence[CaseResult], ceilings: Ceilings) -> str:
     ceiling = f"{group_label(cases[0])}, {counted(cases)} under {peak} and {si(ceilings.bytes_per_second, 'B/s')}"
     ours = [(case, result) for case in cases for result in _two_fastest(case) if is_ours(result)]
     reached = [share for case, result in ours if (share := of_floor(case, result)) is not None]
-    return ceiling + (
-        f", pointfuse at {span(min(reached), max(reached), '.0%')} of the floor's speed" if reached else ""
-    )
+    if not reached:
+        return ceiling
+    return f"{ceiling}, pointfuse at {span(min(reached), max(reached), '.0%')} of the floor's speed"
 
 
 def _two_fastest(case: CaseResult) -> list[Result]:
@@ -485,9 +490,3 @@ def _rate(case: CaseResult, result: Result) -> float:
     assert case.flops is not None
     assert result.ms is not None
     return case.flops / (result.ms.p50 / 1e3)
-
-
-def _unit(case: CaseResult) -> tuple[str, float]:
-    """Microseconds where all medians are below a millisecond, as on the terminal."""
-    medians = [result.ms.p50 for result in case.results if result.ms is not None]
-    return ("µs", 1e3) if max(medians) < 1 else ("ms", 1.0)
