@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from PIL import Image, ImageColor
 from runs_for_tests import (
     COMPILED,
     CONVERTED,
@@ -32,7 +34,7 @@ from benchmarks import report
 from benchmarks.record import Result, read_cases
 from benchmarks.reporting import analysis, caveats, page, plots
 from benchmarks.reporting.analysis import Merged, Source, merge
-from benchmarks.reporting.drawing import DARK, LIGHT, digest_of
+from benchmarks.reporting.drawing import DARK, LIGHT, Theme, digest_of
 
 COMPILED_CONVERTED = "torch.compile of converted"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,7 +184,17 @@ def test_only_plots_whose_data_exist() -> None:
     kinds = [name.partition("-")[0] for name in names]
     assert [kinds.count(kind) for kind in ("gains", "latency", "roofline", "scaling", "memory")] == [1, 4, 2, 1, 1]
     assert [plot.name for plot in plots.plots(one(timed(EAGER, 1)))] == ["latency-stack-batch-1-fp32"]
-    assert plots.plots(one(Result(FROZEN, "failed", "no kernel"))) == []
+    for more in ({}, {"axis": "batch", "at": 1}):
+        assert plots.plots(one(Result(FROZEN, "failed", "no kernel"), **more)) == []
+
+
+def test_a_curve_of_nearly_one_latency_has_an_axis_that_can_be_read() -> None:
+    points = [case("scaling", f"{at}", [timed(EAGER, 1.1 + at / 100)], axis="channels", at=at) for at in (1, 16)]
+    (plot,) = plots.plots(merged(cpu_run(*points)))
+    axes, *_ = plot.draw(LIGHT).axes
+    low, high = axes.get_ylim()
+    assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
+    assert list(axes.get_xticks()) == [1, 16]
 
 
 def test_alternative_texts_say_what_is_seen() -> None:
@@ -205,14 +217,25 @@ def test_a_picture_tells_which_figures_it_shows() -> None:
     assert digest_of(first.png(LIGHT)) == digest_of(first.png(DARK)) == first.digest
 
 
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_a_picture_has_the_pages_background(theme: Theme) -> None:
+    (plot,) = plots.plots(one(timed(EAGER, 1)))
+    with Image.open(io.BytesIO(plot.png(theme))) as image:
+        corner = image.convert("RGB").getpixel((0, 0))
+    assert corner == ImageColor.getrgb(theme.background)
+
+
 def test_points_make_curves_by_what_grows() -> None:
     curves = plots.curves([c for c in gpu_run().cases if c.axis])
     sizes = {label: [point.at for point in curve] for label, curve in curves.items()}
     assert sizes == {
         "over batch: 26x26 1x1 256->256": [1, 4, 16, 64],
-        "over plane: 1x1 256->256, batch 8": [13, 26, 52],
-        "over channels: 26x26 1x1, batch 8": [64, 256, 1024],
+        "over plane, batch 8: 1x1 256->256": [13, 26, 52],
+        "over channels, batch 8: 26x26 1x1": [64, 256, 1024],
     }
+    both = [case("scaling", f"{at}x{at} {k}", [], axis="plane", at=at) for at in (13, 1) for k in ("1x1", "3x3")]
+    sizes = {label: [point.at for point in curve] for label, curve in plots.curves(both).items()}
+    assert sizes == {"over plane, batch 1: 1x1": [1, 13], "over plane, batch 1: 3x3": [1, 13]}
 
 
 def test_files_of_different_machines_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,10 +382,10 @@ def test_a_phone_does_not_scroll_sideways(which: str, browser: Any, request: pyt
 
 
 @pytest.mark.parametrize(("scheme", "theme"), [("light", LIGHT), ("dark", DARK)], ids=["light", "dark"])
-def test_the_page_follows_the_colour_scheme(everything: Path, browser: Any, scheme: str, theme: Any) -> None:
+def test_the_page_follows_the_colour_scheme(everything: Path, browser: Any, scheme: str, theme: Theme) -> None:
     opened = Opened(browser, everything, scheme=scheme)
     card = opened("getComputedStyle(document.querySelector('.card#short')).backgroundColor")
-    assert [int(part) for part in re.findall(r"\d+", card)] == [int(theme.background[i : i + 2], 16) for i in (1, 3, 5)]
+    assert tuple(map(int, re.findall(r"\d+", card))) == ImageColor.getrgb(theme.background)
     luminance = opened("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).slice(0, 3)")
     assert (max(luminance) < 64) == (scheme == "dark")
     chosen = opened("[...document.images].map(i => i.currentSrc === i.previousElementSibling.srcset)")

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -107,7 +107,7 @@ class Plot:
         drawn = io.BytesIO()
         with matplotlib.rc_context(style):
             self.draw(theme).savefig(drawn, format="png", dpi=DPI)
-        return _small_png(drawn, self.digest)
+        return _small_png(drawn, self.digest, theme)
 
 
 def digest_of(png: bytes) -> str | None:
@@ -166,8 +166,10 @@ def logarithmic(axis: Axis, label: Callable[[float], str], at: Sequence[float] |
     """Make an axis, behind all that is plotted, logarithmic; the ticks are `at`, or plain numbers close enough."""
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     low, high = axis.get_view_interval()
+    if at is None and high / low < 5:
+        at = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     close = (1, 2, 5) if high / low < 200 else (1,)
-    axis.set_major_locator(FixedLocator(at) if at else LogLocator(subs=close))
+    axis.set_major_locator(LogLocator(subs=close) if at is None else FixedLocator(at))
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     axis.set_minor_locator(NullLocator())
 
@@ -194,11 +196,16 @@ def si(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _small_png(drawn: io.BytesIO, digest: str) -> bytes:
+def _small_png(drawn: io.BytesIO, digest: str, theme: Theme) -> bytes:
     info = PngInfo()
     info.add_text("Digest", digest)
     small = io.BytesIO()
     with Image.open(drawn) as image:
         reduced = image.convert("RGB").quantize(32, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        # The nearest of few colours is not quite the page's, which would show.
+        palette, index = reduced.getpalette() or [], reduced.getpixel((0, 0))
+        assert isinstance(index, int)
+        palette[3 * index : 3 * index + 3] = [int(theme.background[i : i + 2], 16) for i in (1, 3, 5)]
+        reduced.putpalette(palette)
         reduced.save(small, format="png", optimize=True, pnginfo=info)
     return small.getvalue()

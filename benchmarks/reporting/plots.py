@@ -17,6 +17,7 @@ from benchmarks.peers import EAGER_CHANNELS_LAST
 from benchmarks.record import CaseResult, Result
 from benchmarks.record import slug as slug_of
 from benchmarks.reporting.analysis import (
+    LEVEL,
     GroupSummary,
     Merged,
     by_suite,
@@ -62,8 +63,9 @@ def plots(merged: Merged) -> list[Plot]:
     summary = summarise(merged.cases)
     found = [gains_plot(summary)] if any(group.over_eager or group.over_other for group in summary) else []
     for suite, cases in by_suite(merged.cases).items():
-        points = [case for case in cases if case.axis]
-        found += [latency_plot(group) for group in _figures([case for case in cases if not case.axis and _timed(case)])]
+        timed = [case for case in cases if _timed(case)]
+        points = [case for case in timed if case.axis]
+        found += [latency_plot(group) for group in _figures([case for case in timed if not case.axis])]
         found += [scaling_plot(group) for group in _alike(points)]
         found += [memory_plot(group) for group in _figures([case for case in cases if least_saved(case)])]
         if merged.ceilings is not None and suite != OVERHEAD:
@@ -87,7 +89,7 @@ def gains_plot(groups: Sequence[GroupSummary]) -> Plot:
             axes.axvline(1, color=theme.muted, linewidth=1)
             for y, (row, mean) in enumerate(zip(rows, means[name], strict=True)):
                 found = [ratio for ratio in row if ratio is not None]
-                colours = [theme.bad if ratio < 1 / 1.02 else colour(peers.CONVERTED, theme) for ratio in found]
+                colours = [theme.bad if ratio * (1 + LEVEL) < 1 else colour(peers.CONVERTED, theme) for ratio in found]
                 axes.scatter(found, [y] * len(found), c=colours, s=22, alpha=0.75, linewidths=0)
                 if mean is not None:
                     axes.plot([mean, mean], [y - 0.32, y + 0.32], color=theme.text, linewidth=2.2)
@@ -137,14 +139,14 @@ def memory_plot(cases: Sequence[CaseResult]) -> Plot:
         found = [a.saved_bytes / b.saved_bytes for a, b in pairs if a and b and a.saved_bytes and b.saved_bytes]
         if found:
             shares[name] = span(min(found), max(found), ".2f")
-    told = "; ".join(f"{name} keeps {share} times what eager channels_last keeps" for name, share in shares.items())
+    told = "".join(f" {name} keeps {share} times what eager channels_last keeps." for name, share in shares.items())
     has_peak = any(result.peak_bytes is not None for case in cases for result in case.results)
     return Plot(
         f"memory-{_name_of(cases)}",
         cases[0].suite,
         "What a step's forward keeps for its backward, in MB; less is better."
         + " The open mark, and the second figure, is the most that the step took at once." * has_peak,
-        f"Bars of memory kept for the backward, {_what(cases)}, {counted(cases)}. {told}.".replace(" .", ""),
+        f"Bars of memory kept for the backward, {_what(cases)}, {counted(cases)}.{told}",
         [[_label_within(c, cases), [[r.contender, r.saved_bytes, r.peak_bytes] for r in c.results]] for c in cases],
         lambda theme: _bars(cases, "memory kept", theme, _memory_panel),
     )
@@ -385,12 +387,19 @@ def _memory_panel(axes: Axes, case: CaseResult, names: Sequence[str], theme: The
 
 
 def curves(cases: Iterable[CaseResult]) -> dict[str, list[CaseResult]]:
-    """Points by curve: those along one axis whose names differ by what grows alone, each curve from small to large."""
-    curves: dict[str, list[CaseResult]] = {}
-    for case in sorted(cases, key=lambda case: case.at or 0):
-        parts = [_family(case)] if case.axis == "batch" else [_family(case), f"batch {case.batch}"]
-        curves.setdefault(f"over {case.axis}: {', '.join(filter(None, parts))}", []).append(case)
-    return curves
+    """Points by curve, each from small to large: those along one axis, and where that leaves several of one size, those
+    whose names differ by what grows alone."""
+    found: dict[str, list[CaseResult]] = {}
+    for along in _grouped(sorted(cases, key=lambda case: case.at or 0), _axis_label):
+        is_one = len({case.at for case in along}) == len(along)
+        for curve in [along] if is_one else _grouped(along, _family):
+            families = {_family(case) for case in curve}
+            found[": ".join(filter(None, [_axis_label(curve[0]), *(families if len(families) == 1 else ())]))] = curve
+    return found
+
+
+def _axis_label(case: CaseResult) -> str:
+    return f"over {case.axis}" if case.axis == "batch" else f"over {case.axis}, batch {case.batch}"
 
 
 def _family(case: CaseResult) -> str:
