@@ -32,19 +32,21 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test build sanitize gpu-check lint format clean check-python check-packages check-gpu
+.PHONY: help demo bench test build readme sanitize gpu-check lint format clean check-python check-packages check-gpu
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
-bench: PACKAGES = torch setuptools rich
+bench: PACKAGES = torch setuptools jinja2 matplotlib rich
 sanitize: PACKAGES = torch setuptools pytest
-test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis matplotlib PIL rich
+readme: PACKAGES = torch matplotlib PIL rich
+test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis jinja2 matplotlib PIL rich
 lint format: PACKAGES = torch mypy ruff
 
 help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
 	@echo "make bench   layers, stacks and networks against everything else, in nine minutes; BENCH_ARGS=--resume goes on"
 	@echo "make test    every test, with coverage"
+	@echo "make readme  the README's figures, from the files of results that it names"
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
 	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
 	@echo "make gpu-check  all that only a GPU can show: tests, sanitize, and the layers' and stacks' benchmark"
@@ -61,6 +63,9 @@ bench: build
 # Incremental: a second when nothing has changed.
 build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
+
+readme: $(READY)
+	$(PY) benchmarks/readme.py
 
 test: build
 	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)

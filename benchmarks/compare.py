@@ -96,7 +96,7 @@ def compare_files(before: Path, after: Path, console: Console, any_machine: bool
     """
     runs = [read_run(path) for path in (before, after)]
     cases = [list(run.cases) for run in runs]
-    machines = [_machine(run) for run in runs]
+    machines = [machine(run) for run in runs]
     if machines[0] != machines[1] and not any_machine:
         raise ValueError(
             f"{before} is of {machines[0]} and {after} of {machines[1]}: figures of different machines say nothing of "
@@ -172,6 +172,6 @@ def _left_out(before: Sequence[CaseResult], after: Sequence[CaseResult]) -> list
     )
 
 
-def _machine(run: Run) -> str:
+def machine(run: Run) -> str:
     """The device and, of a CPU, its threads."""
     return run.device if run.on_gpu else f"{run.device}, {run.machine['threads']} threads"

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive_int, help="CPU threads (default: as torch chooses)")
     add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
     add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default %(default)s")
+    add("--no-report", dest="report", action="store_false", help="write no page beside the JSON")
     add("--resume", nargs="?", type=Path, const=Path(), metavar="JSON", help="go on with a run (default the newest)")
     add("--compare", type=Path, nargs=2, metavar="JSON", help="run nothing: what changed from one file to the other")
     add("--any-machine", action="store_true", help="compare files of different machines")
@@ -96,11 +97,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_more(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    others = {a.partition("=")[0] for a in argv if a.startswith("--")} - {"--resume", "--minutes", "--output"}
-    if others:
+    given = {a.partition("=")[0] for a in argv if a.startswith("--")} - {"--resume"}
+    beside = {"--minutes", "--output", "--no-report"}
+    if given - beside:
         parser.error(
-            f"argument --resume: a run goes on with the options it was begun with; accepted beside it: --minutes and "
-            f"--output, given: {', '.join(sorted(others))}"
+            "argument --resume: a run goes on with the options it was begun with; accepted beside it: --minutes, "
+            f"--output, --no-report; given: {', '.join(sorted(given - beside))}"
         )
 
 

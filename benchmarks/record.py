@@ -335,7 +335,8 @@ def _result(entry: Mapping[str, Any]) -> Result:
 def commit_of_checkout() -> dict[str, Any]:
     """ "commit" and "dirty", as :class:`Run` has them."""
     commit = _git("rev-parse", "--verify", "HEAD")
-    status = _git("status", "--porcelain")
+    # What an earlier run left there changes no figure.
+    status = _git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from rich.console import Console
 
 from benchmarks.cases import OVERHEAD, SCALING, STEPS, SUITES, Variant
 from benchmarks.compare import compare_files
@@ -83,9 +84,9 @@ def _resume(options: argparse.Namespace) -> int:
     before = read_run(path)
     if not before.left:
         raise ValueError(f"{path} is of a run that was finished: nothing is left to do")
-    minutes = options.minutes
+    given = options
     options = parse(before.settings["argv"])
-    options.minutes = minutes or options.minutes
+    options.minutes, options.report = given.minutes or options.minutes, given.report
     here = {
         "commit": commit_of_checkout()["commit"],
         "device": device_name(options.device),
@@ -186,16 +187,29 @@ class _Session:
             why = "interrupted" if outcome.interrupted else "the time is up"
             console.print(f"{why}; {outcome.left} cases are left, which --resume runs", highlight=False)
         console.print(f"saved {self._path}", soft_wrap=True, markup=False)
+        if cases and self._options.report:
+            _report(self._path, console)
         if outcome.interrupted:
             return EXIT_INTERRUPTED
         wrong = any(result.status == "wrong" for case in cases for result in case.results)
         return EXIT_WRONG if wrong else EXIT_OK
 
 
+def _report(path: Path, console: Console) -> None:
+    """Write the page of a file. The figures are safe without it."""
+    try:
+        # What draws takes a second to import.
+        from benchmarks.report import write_report
+    except ModuleNotFoundError as error:
+        console.print(f"no report: {error}; install it, then: python benchmarks/report.py {path}", markup=False)
+        return
+    console.print(f"report {write_report([path])}", soft_wrap=True, markup=False)
+
+
 def _without_output(arguments: Sequence[str]) -> list[str]:
     """The arguments that the figures depend on; where results go is a path of the machine."""
     pairs = itertools.pairwise(["", *arguments])
-    return [a for before, a in pairs if before != "--output" and not re.match(r"--output(=|$)", a)]
+    return [a for before, a in pairs if before != "--output" and not re.match(r"--output(=|$)|--no-report$", a)]
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:

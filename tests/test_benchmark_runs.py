@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +29,8 @@ from benchmarks.timing import LAYOUTS, Prepared, layout_of, method_for, tf32_all
 from benchmarks.training import MAX_SHIFT, keep_off_kinks
 
 CPU = torch.device("cpu")
-QUICK = ["--suite", "layers", "--head", "52", "--quick", "--contenders", "eager", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "measure_ceilings", lambda device, dtypes: Ceilings(1e10, dict.fromkeys(dtypes, 1e12)))
+pytestmark = pytest.mark.usefixtures("known_ceilings")
+QUICK = ["--suite", "layers", "--head", "52", "--quick", "--no-report", "--contenders", "eager", "--device", "cpu"]
 
 
 def only_file(folder: Path) -> Path:
@@ -96,7 +93,7 @@ def test_what_is_named_is_run_without_a_limit() -> None:
         (["--dtype", "tf32", "--device", "cpu"], "--dtype: tf32 is of GPUs; accepted here: fp32, bf16, fp16"),
         (["--layout", "NHWC"], "--layout: 'NHWC' is not among the accepted: NCHW, channels_last"),
         (["--minutes", "0"], "--minutes: '0' is not a number above 0"),
-        (["--resume", "--suite", "stack"], "accepted beside it: --minutes and --output, given: --suite"),
+        (["--resume", "--suite", "stack"], "accepted beside it: --minutes, --output, --no-report; given: --suite"),
     ],
 )
 def test_what_is_not_accepted_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +179,18 @@ def test_resnet_is_skipped_with_the_reason_where_torchvision_is_missing(
 
     monkeypatch.setattr(cases, "build", missing)
     monkeypatch.setattr(cases, "IMAGE_SIZE", 32)
-    argv = ["--suite", "network", "--quick", "--contenders", "eager", "--device", "cpu", "--output", str(tmp_path)]
+    argv = [
+        "--suite",
+        "network",
+        "--quick",
+        "--no-report",
+        "--contenders",
+        "eager",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
     assert run.main(argv) == 0
     found = read_run(only_file(tmp_path))
     reason = "ModuleNotFoundError: torchvision.models is not installed"
@@ -313,7 +321,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(
     assert [case.complete for case in before.cases] == [True, False]
     assert "3 cases are left, which --resume runs" in capsys.readouterr().out
 
-    assert run.main(["--resume", str(path)]) == 0
+    assert run.main(["--resume", str(path), "--no-report"]) == 0
     after = read_run(only_file(tmp_path))
     assert (after.left, after.complete) == (0, True)
     assert after.settings == before.settings
@@ -324,7 +332,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(
     assert all(case.complete and case.results[0].rounds == 3 for case in after.cases)
 
     with pytest.raises(SystemExit, match="2"):
-        run.main(["--resume", str(path)])
+        run.main(["--resume", str(path), "--no-report"])
     assert "is of a run that was finished: nothing is left to do" in capsys.readouterr().err
 
 
@@ -338,7 +346,7 @@ def test_without_a_name_the_newest_unfinished_file_is_taken(
     path.with_name("99999999-000001-x.json").write_text("no results")
     path.with_name("00000000-000000-x.json").write_text(path.read_text())
     assert record.newest_unfinished(tmp_path) == path
-    assert run.main(["--resume", "--minutes", "30", "--output", str(tmp_path)]) == 0
+    assert run.main(["--resume", "--minutes", "30", "--no-report", "--output", str(tmp_path)]) == 0
     assert read_run(path).left == 0
     assert record.newest_unfinished(tmp_path).name.startswith("00000000")
     with pytest.raises(SystemExit, match="2"):
@@ -366,9 +374,24 @@ def test_figures_of_another_commit_machine_or_version_do_not_go_into_one_file(
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     before = path.read_bytes()
     with pytest.raises(SystemExit, match="2"):
-        run.main(["--resume", str(path)])
+        run.main(["--resume", str(path), "--no-report"])
     assert message in " ".join(capsys.readouterr().err.split())
     assert path.read_bytes() == before
+
+
+def test_a_run_ends_with_its_page_and_without_what_draws_it_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [argument for argument in QUICK if argument != "--no-report"]
+    assert run.main([*argv, "--output", str(tmp_path)]) == 0
+    (page,) = tmp_path.rglob("*.html")
+    assert page.with_suffix(".json") == only_file(tmp_path)
+    assert f"report {page}" in capsys.readouterr().out.replace("\n", "")
+
+    monkeypatch.setitem(sys.modules, "benchmarks.report", None)
+    assert run.main([*argv, "--output", str(tmp_path / "other")]) == 0
+    assert not list((tmp_path / "other").rglob("*.html"))
+    assert "then: python benchmarks/report.py" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_is_out_of_time_is_no_failure_and_can_be_gone_on_with(

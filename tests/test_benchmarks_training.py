@@ -31,6 +31,7 @@ from benchmarks.timing import DTYPES, Prepared, method_for
 from benchmarks.training import MAX_SHIFT, NEAR_ZERO, Step, peak_bytes, saved_bytes, training_step
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("known_ceilings")
 METHOD = method_for(CPU)
 TRAINERS = [name for name, contender in peers.PEERS.items() if contender.trains]
 OF_A_CPU = [peers.EAGER_NCHW, peers.EAGER_CHANNELS_LAST, peers.CONVERTED, peers.RECOMPUTING]
@@ -393,7 +394,7 @@ def file_of(folder: Path) -> list[CaseResult]:
     return read_cases(path)
 
 
-QUICK = ["--head", "52", "--batch", "2", "--quick", "--device", "cpu"]
+QUICK = ["--head", "52", "--batch", "2", "--quick", "--no-report", "--device", "cpu"]
 
 
 @pytest.mark.usefixtures("small_head")

@@ -33,6 +33,7 @@ from benchmarks.tables import case_table, disturbances
 from benchmarks.timing import Prepared, WallTimer, method_for
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("known_ceilings")
 METHOD = method_for(CPU)
 
 
@@ -443,7 +444,18 @@ def only_file(folder: Path) -> Any:
     return json.loads(path.read_text())
 
 
-QUICK = ["--suite", "layers,stack", "--head", "52", "--quick", "--contenders", "eager", "--device", "cpu"]
+QUICK = [
+    "--suite",
+    "layers,stack",
+    "--head",
+    "52",
+    "--quick",
+    "--no-report",
+    "--contenders",
+    "eager",
+    "--device",
+    "cpu",
+]
 
 
 def test_a_quick_run_saves_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,7 +474,18 @@ def test_a_quick_run_saves_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_wrong_contender_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PEERS, peers.EAGER_NCHW, contender_of(peers.EAGER_NCHW, lambda y: y + 1))
-    argv = ["--suite", "stack", "--head", "52", "--quick", "--contenders", "eager NCHW", "--output", str(tmp_path)]
+    argv = [
+        "--suite",
+        "stack",
+        "--head",
+        "52",
+        "--quick",
+        "--no-report",
+        "--contenders",
+        "eager NCHW",
+        "--output",
+        str(tmp_path),
+    ]
     assert run.main(argv) == 1
     assert only_file(tmp_path)["cases"][0]["results"][0]["status"] == "wrong"
 
@@ -470,7 +493,18 @@ def test_a_wrong_contender_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_interrupted_run_is_exit_code_130_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The check is one call, each round two: the sixth is in the third round.
     monkeypatch.setitem(peers.PEERS, peers.EAGER_NCHW, replace(interrupting(after=6), name=peers.EAGER_NCHW))
-    argv = ["--suite", "stack", "--head", "52", "--quick", "--contenders", "eager NCHW", "--output", str(tmp_path)]
+    argv = [
+        "--suite",
+        "stack",
+        "--head",
+        "52",
+        "--quick",
+        "--no-report",
+        "--contenders",
+        "eager NCHW",
+        "--output",
+        str(tmp_path),
+    ]
     # However slow the machine, three rounds fit.
     argv += ["--seconds", "1000"]
     assert run.main(argv) == 130
