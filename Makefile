@@ -9,14 +9,11 @@ TORCHVISION ?= torchvision==0.28.0
 TIMM ?= timm==1.0.31
 # CuTe's headers, for building the CUDA kernels. Its dependencies are those of its Python tools.
 CUTLASS ?= nvidia-cutlass==4.2.*
-COMPUTE_SANITIZER ?= compute-sanitizer
-# What runs on a GPU besides the emulator.
-GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels_sm90.py tests/test_cuda_backend.py \
-  tests/test_kernel_backends.py tests/test_triton_kernels.py tests/test_tune.py tests/test_cuda_statistics.py \
-  tests/test_cuda_training.py tests/test_cuda_forward.py tests/test_triton_training.py
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
+# More arguments of tests/gpu_check.py, as in GPU_CHECK_ARGS='--only leaks --json outcome.json'.
+GPU_CHECK_ARGS ?=
 
 CXX_FILES = git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'
 
@@ -32,12 +29,12 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test build readme sanitize gpu-check lint format clean check-python check-packages check-gpu
+.PHONY: help demo bench test build readme sanitize gpu-check lint format clean check-python check-packages
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
 bench: PACKAGES = torch setuptools jinja2 matplotlib rich
-sanitize: PACKAGES = torch setuptools pytest
+gpu-check sanitize: PACKAGES = torch setuptools numpy pytest hypothesis rich
 readme: PACKAGES = torch matplotlib PIL rich
 test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis jinja2 matplotlib PIL rich
 lint format: PACKAGES = torch mypy ruff
@@ -48,8 +45,8 @@ help:
 	@echo "make test    every test, with coverage"
 	@echo "make readme  the README's figures, from the files of results that it names"
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
-	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
-	@echo "make gpu-check  all that only a GPU can show: tests, sanitize, and the layers' and stacks' benchmark"
+	@echo "make gpu-check  whether pointfuse is right on this machine's GPU: one table, within 9 minutes"
+	@echo "make sanitize  of those the runs under compute-sanitizer alone, without hurry"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  apply the formatters"
 	@echo "make clean   remove .venv and everything built"
@@ -70,26 +67,13 @@ readme: $(READY)
 test: build
 	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)
 
-# Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
-# kernels too, which write what ours read.
-sanitize: check-gpu
-	@command -v $(COMPUTE_SANITIZER) >/dev/null || { \
-	  echo "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit"; exit 1; }
-	@for tool in memcheck racecheck synccheck initcheck; do \
-	  echo "compute-sanitizer --tool $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 9 \
-	    $$([ $$tool = initcheck ] || echo --kernel-name kns=pointfuse) \
-	    $(PY) -m pytest --quiet tests/test_gpu.py -k reduced $(PYTEST_ARGS) || exit; \
-	done
+# Exit codes of the script: 0 all passed, 1 something failed, 2 nothing could be checked, 130 interrupted.
+gpu-check: build
+	-@$(PY) tests/host_cuda/build.py
+	$(PY) tests/gpu_check.py $(GPU_CHECK_ARGS)
 
-# Everything that only a GPU can show, correctness first; every part runs, and the exit code tells of any that failed.
-gpu-check: check-gpu
-	@failed=; \
-	$(PY) -m pytest --quiet $(GPU_TESTS) $(PYTEST_ARGS) || failed="$$failed tests"; \
-	$(MAKE) --no-print-directory sanitize PYTEST_ARGS= || failed="$$failed sanitize"; \
-	$(PY) benchmarks/run.py --device cuda --suite layers,stack,training,overhead --dtype bf16 --batch 1,8,64 \
-	  --contenders eager,folded,pointfuse || failed="$$failed benchmark"; \
-	echo "gpu-check: $${failed:+failed:}$${failed:-passed}"; test -z "$$failed"
+sanitize: build
+	$(PY) tests/gpu_check.py --only memcheck,racecheck,synccheck,initcheck --seconds 900 $(GPU_CHECK_ARGS)
 
 lint: $(READY)
 	$(BIN)ruff check .
@@ -110,12 +94,6 @@ check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "pointfuse needs Python 3.11 or later; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	       "Name another with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-
-check-gpu: build
-	@$(PY) -c 'import sys, pointfuse; \
-	  found = {name: status for name, status in pointfuse.backends().items() if name != "aten"}; \
-	  reasons = "; ".join(f"{name}: {status.reason}" for name, status in found.items()); \
-	  sys.exit(None if any(s.usable for s in found.values()) else f"make $(MAKECMDGOALS) needs a GPU: {reasons}")'
 
 check-packages: check-python
 	@$(PYTHON) -c 'import sys, importlib.util as u; \

@@ -13,6 +13,7 @@ import pointfuse
 import pytest
 import torch
 import torch._dynamo.testing
+from repeated_units import REDUCED, step, unit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,14 +29,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def unit(kernel: int = 1, c_in: int = 64, c_out: int = 32, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    made = pointfuse.ConvBNAct2d(c_in, c_out, kernel, padding=kernel // 2, negative_slope=0.1).eval().to(dtype)
-    assert made.bn is not None
-    made.bn.running_mean.normal_()
-    made.bn.running_var.uniform_(0.5, 2)
-    return made
-
-
 def stack() -> nn.Module:
     """The last layers of YOLOv3's 13x13 head."""
     with torch.device("cpu"):
@@ -48,33 +41,12 @@ def assert_right(y: Tensor, module: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
-# Small, and at least one of each: kernel, dtype, layout, split K, tails. `make sanitize` runs these under each tool.
-REDUCED = {
-    "1x1 throughput": (dict(kernel=1, c_in=64, c_out=128), (4, 64, 26, 26)),
-    "1x1 latency, K split": (dict(kernel=1, c_in=512, c_out=64), (1, 512, 13, 13)),
-    "3x3": (dict(kernel=3, c_in=64, c_out=75), (1, 64, 13, 13)),
-    "tails": (dict(kernel=1, c_in=24, c_out=75), (2, 24, 7, 7)),
-    "fp16": (dict(kernel=3, c_in=32, c_out=64, dtype=torch.float16), (1, 32, 9, 9)),
-    "tf32": (dict(kernel=1, c_in=64, c_out=64, dtype=torch.float32), (1, 64, 13, 13)),
-}
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize(("options", "shape"), REDUCED.values(), ids=REDUCED)
 def test_reduced(options: dict, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     module = unit(**options)
     x = torch.randn(shape, dtype=module.conv.weight.dtype).to(memory_format=memory_format)
     assert_right(module(x), module, x)
-
-
-def step(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output and gradients of one training step."""
-    module.train().zero_grad()
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.enable_grad():
-        y = module(x)
-    y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape))
-    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
@@ -183,6 +155,48 @@ def test_units_are_captured_in_a_graph_and_read_live_statistics() -> None:
     x.normal_()
     graph.replay()
     assert_right(y, module, x)
+
+
+@pytest.mark.parametrize("kernel", [1, 3], ids=["1x1", "3x3"])
+@pytest.mark.parametrize("shape", [(8, 64, 26, 26), (1, 64, 13, 13)], ids=["throughput", "latency"])
+def test_a_graph_is_replayed_a_hundred_times_with_other_inputs(kernel: int, shape: tuple[int, ...]) -> None:
+    """To the bits of the same unit without a graph."""
+    module, x = unit(kernel), torch.randn(shape, dtype=torch.bfloat16)
+    module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    differing = torch.zeros((), dtype=torch.int64)
+    for _ in range(100):
+        x.normal_()
+        graph.replay()
+        differing += (y != module(x)).any()
+    assert differing.item() == 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_two_units_on_two_streams_do_not_disturb_each_other(training: bool) -> None:
+    """Both split K, and so have partial sums of their own in flight at once. The results are the serial ones' bits."""
+    shapes = [(1, 512, 13, 13), (2, 256, 13, 13)]
+    modules = [unit(1, shape[1], 64) for shape in shapes]
+    inputs = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    for module in modules:
+        module.bn.float()
+
+    def call(i: int) -> list[Tensor]:
+        return step(modules[i], inputs[i]) if training else [modules[i](inputs[i])]
+
+    expected = [[t.clone() for t in call(i)] for i in (0, 1)]
+    differing = torch.zeros(2, dtype=torch.int64)
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(300):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found = call(i)
+                differing[i] += torch.stack([(a != b).any() for a, b in zip(found, expected[i], strict=True)]).any()
+    torch.cuda.synchronize()
+    assert differing.tolist() == [0, 0]
 
 
 def test_threads_share_the_backend() -> None:

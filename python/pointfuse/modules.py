@@ -291,9 +291,9 @@ def refuse_scripting(module: nn.Module) -> nn.Module:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """Warn, the first time in the process that this is to be said."""
+    """Warn, the first time in the process that this is to be said, or when a thousand others were said since."""
     warnings.warn(f"pointfuse: {message}", UserWarning, stacklevel=3)
 
 

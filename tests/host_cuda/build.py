@@ -86,3 +86,19 @@ def _program(name: str) -> str:
     if path is None:
         pytest.skip(f"{name} is needed to build the kernels for tests, and is not on the PATH")
     return path
+
+
+def main() -> None:
+    """Build what the native tests need, so that it takes none of their time."""
+    said = "there is no GPU"
+    if torch.cuda.is_available():
+        try:
+            gpu()
+            said = "built"
+        except pytest.skip.Exception as reason:
+            said = str(reason)
+    print(f"the kernels' native tests: {said}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -279,7 +280,8 @@ def _trace_again(module: nn.Module) -> Trace | None:
 
 
 _REDUCTIONS = ("__reduce__", "__reduce_ex__")
-_CLASSES: dict[tuple[type[nn.Module], bool, bool, bool], type[nn.Module]] = {}
+# A class made here lives as long as its instances: classes that a program makes up are given up with their models.
+_CLASSES: WeakValueDictionary[tuple[type[nn.Module], bool, bool, bool], type[nn.Module]] = WeakValueDictionary()
 
 
 def host_class(cls: type[nn.Module], fused: bool, frozen: bool, graphed: bool) -> type[nn.Module]:

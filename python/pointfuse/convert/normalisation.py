@@ -76,6 +76,9 @@ _FIXED = (types.FunctionType, types.BuiltinFunctionType, type, enum.Enum, torch.
 _PROVEN: WeakKeyDictionary[nn.Module, NormAct] = WeakKeyDictionary()
 # By class and all that its forward reads: a network has hundreds that differ in nothing but their channels.
 _STEPS: dict[Hashable, _Steps | None] = {}
+# A program that makes up classes must not fill the memory.
+_MOST_STEPS = 1024
+_UNKNOWN = object()
 
 
 def norm_act(module: nn.Module) -> NormAct | None:
@@ -97,10 +100,7 @@ def norm_act(module: nn.Module) -> NormAct | None:
         return None  # what it is made of may change unseen
     children = tuple((name, type(child)) for name, child in module.named_modules(remove_duplicate=False))
     key = (type(module).forward, children, *(r.signature() for r in reads.values()))
-    try:
-        steps = _STEPS[key] if key in _STEPS else _STEPS.setdefault(key, _prove(module))
-    except TypeError:  # an attribute that has no hash
-        steps = _prove(module)
+    steps = _steps_of(module, key)
     if steps is None:
         return None
     act = None if steps.act is None else module.get_submodule(steps.act)
@@ -110,6 +110,18 @@ def norm_act(module: nn.Module) -> NormAct | None:
     activation = steps.functional if act is None else activation_of(act) or IDENTITY
     proof = _PROVEN[module] = NormAct(steps.act, activation, module.__dict__, reads, elided)
     return proof
+
+
+def _steps_of(module: nn.Module, key: Hashable) -> _Steps | None:
+    try:
+        known = _STEPS.get(key, _UNKNOWN)
+    except TypeError:  # an attribute that has no hash
+        return _prove(module)
+    if known is not _UNKNOWN:
+        return known  # type: ignore[return-value]
+    if len(_STEPS) >= _MOST_STEPS:
+        _STEPS.clear()
+    return _STEPS.setdefault(key, _prove(module))
 
 
 def activation_at(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
