@@ -17,6 +17,8 @@ GPU_TESTS = tests/test_gpu.py tests/test_cuda_kernels.py tests/test_cuda_kernels
 # Which tests to run, and further arguments of pytest.
 TESTS ?= tests
 PYTEST_ARGS ?=
+# How many cases `make fuzz` runs.
+N ?= 20000
 
 CXX_FILES = git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'
 
@@ -32,17 +34,19 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build sanitize gpu-check lint format clean check-python check-packages check-gpu
+.PHONY: help demo test fuzz build sanitize gpu-check lint format clean check-python check-packages check-gpu
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
 sanitize: PACKAGES = torch setuptools pytest
 test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis matplotlib PIL rich
+fuzz: PACKAGES = torch setuptools numpy pytest hypothesis rich
 lint format: PACKAGES = torch mypy ruff
 
 help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
 	@echo "make test    every test, with coverage"
+	@echo "make fuzz    random units against PyTorch in float64: N=20000 SEED=n BACKENDS=aten,..."
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
 	@echo "make sanitize  the kernels on a GPU under each tool of compute-sanitizer"
 	@echo "make gpu-check  all that only a GPU can show: tests, sanitize, and the layers' and stacks' benchmark"
@@ -59,6 +63,10 @@ build: $(READY)
 
 test: build
 	$(PY) -m pytest $(TESTS) --cov=pointfuse --cov-report=term $(if $(filter tests,$(TESTS)),--cov-fail-under=95) $(PYTEST_ARGS)
+
+# Failures are shrunk and kept in tests/regressions, which `make test` runs.
+fuzz: build
+	@$(PY) tests/fuzz.py $(N) $(if $(SEED),--seed $(SEED)) $(if $(BACKENDS),--backends $(BACKENDS))
 
 # Without the caching allocator, so that each tensor's end is the end of an allocation. initcheck has to see torch's
 # kernels too, which write what ours read.
