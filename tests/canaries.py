@@ -21,7 +21,7 @@ _ATEN = torch.ops.aten
 _ALLOCATIONS = frozenset(
     overload
     for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "zeros", "zeros_like",
-                 "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full")
+                 "new_zeros", "clone", "_to_copy", "ones", "ones_like", "new_ones", "full", "full_like", "new_full")
     for packet in [getattr(_ATEN, name)]
     for overload in [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
 )  # fmt: skip
@@ -54,11 +54,13 @@ class Canaries(TorchDispatchMode):
 
     def guard(self, x: Tensor) -> Tensor:
         """A copy of a tensor, of the same strides, amid canaries; they are between its elements too."""
+        # Where it lies between two aligned addresses is a part of how it lies.
+        start = MARGIN + x.storage_offset() * x.element_size() % MARGIN
         span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         nbytes = (span if x.numel() else 0) * x.element_size()
         with _disable_current_modes(), torch.no_grad():
-            buffer = torch.full((2 * MARGIN + nbytes,), CANARY_BYTE, dtype=torch.uint8, device=x.device)
-            view = _view_of(buffer, x)
+            buffer = torch.full((start + nbytes + MARGIN,), CANARY_BYTE, dtype=torch.uint8, device=x.device)
+            view = _view_of(buffer, x, start)
             _once(view).copy_(_once(x))
         self._guarded.append((buffer, view))
         return view
@@ -66,13 +68,13 @@ class Canaries(TorchDispatchMode):
     def check(self) -> None:
         """Raise :class:`Overrun` if a byte beside a guarded tensor is not a canary."""
         for buffer, view in self._guarded:
-            inside = buffer.clone()
-            _once(_view_of(inside, view)).zero_()
-            expected = torch.full_like(buffer, CANARY_BYTE)
-            _once(_view_of(expected, view)).zero_()
+            start = view.storage_offset() * view.element_size()
+            inside, expected = buffer.clone(), torch.full_like(buffer, CANARY_BYTE)
+            for t in (inside, expected):
+                _once(_view_of(t, view, start)).zero_()
             wrong = (inside != expected).nonzero().flatten()
             if len(wrong):
-                shape, place = tuple(view.shape), wrong[0].item() - MARGIN
+                shape, place = tuple(view.shape), wrong[0].item() - start
                 raise Overrun(f"{len(wrong)} bytes beside a tensor of {shape} were written, the first at byte {place}")
         self._guarded.clear()
 
@@ -85,9 +87,9 @@ def guarded(x: Tensor) -> Tensor:
     return Canaries().guard(x)
 
 
-def _view_of(buffer: Tensor, like: Tensor) -> Tensor:
+def _view_of(buffer: Tensor, like: Tensor, start: int) -> Tensor:
     empty = torch.empty(0, dtype=like.dtype, device=buffer.device)
-    return empty.set_(buffer.untyped_storage(), MARGIN // like.element_size(), like.shape, like.stride())
+    return empty.set_(buffer.untyped_storage(), start // like.element_size(), like.shape, like.stride())
 
 
 def _once(x: Tensor) -> Tensor:
