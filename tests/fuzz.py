@@ -49,6 +49,7 @@ class Tally:
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     torch.set_num_threads(1)  # the tensors are small
+    commit = _commit()  # of what runs, whatever is committed meanwhile
     tally, found, interrupted = Tally(), [], False
     shares = _shares(arguments.count, arguments.backends)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -69,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             interrupted = True
     print(tally)
     _report(found, arguments.regressions)
-    print(_verdict(tally.cases, arguments.count, arguments.seed, len(found), interrupted))
+    outcome = _outcome(tally.cases, arguments.count, len(found), interrupted)
+    cases = str(tally.cases) if tally.cases == arguments.count else f"{tally.cases} of {arguments.count}"
+    print(f"{cases} cases, seed {arguments.seed}, commit {commit}: {outcome}")
     return 130 if interrupted else 1 if found else 0
 
 
@@ -101,14 +104,11 @@ def _report(found: list[Found], folder: Path) -> None:
         print(f"FAILED {save(one.case, one.failure, folder)}: {one.failure}")
 
 
-def _verdict(done: int, asked: int, seed: int, failures: int, interrupted: bool) -> str:
+def _outcome(done: int, asked: int, failures: int, interrupted: bool) -> str:
     said = {0: "no failure", 1: "1 failure"}.get(failures, f"{failures} failures")
     if interrupted:
-        said = f"interrupted; {said} so far"
-    elif done < asked:
-        said = f"ended early; {said}, and a backend is left at {fuzzing.MAX_FOUND}"
-    cases = str(done) if done == asked else f"{done} of {asked}"
-    return f"{cases} cases, seed {seed}, commit {_commit()}: {said}"
+        return f"interrupted; {said} so far"
+    return said if done == asked else f"ended early; {said}, and a backend is left at {fuzzing.MAX_FOUND}"
 
 
 def _commit() -> str:
