@@ -14,6 +14,8 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 # More arguments of tests/gpu_check.py, as in GPU_CHECK_ARGS='--only leaks --json outcome.json'.
 GPU_CHECK_ARGS ?=
+# How many cases `make fuzz` runs.
+N ?= 20000
 
 CXX_FILES = git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'
 
@@ -29,12 +31,13 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test build readme sanitize gpu-check lint format clean check-python check-packages
+.PHONY: help demo bench test fuzz build readme sanitize gpu-check lint format clean check-python check-packages
 # What the commands import beside pointfuse, for an interpreter whose packages are its own affair.
 PACKAGES = torch setuptools
 demo: PACKAGES = torch setuptools matplotlib PIL rich
 bench: PACKAGES = torch setuptools jinja2 matplotlib rich
 gpu-check sanitize: PACKAGES = torch setuptools numpy pytest hypothesis rich
+fuzz: PACKAGES = torch setuptools numpy pytest hypothesis rich
 readme: PACKAGES = torch matplotlib PIL rich
 test: PACKAGES = torch setuptools numpy pytest pytest_cov hypothesis jinja2 matplotlib PIL rich
 lint format: PACKAGES = torch mypy ruff
@@ -43,6 +46,7 @@ help:
 	@echo "make demo    a photograph through YOLOv3: eager, converted, frozen; accuracy and latency"
 	@echo "make bench   layers, stacks and networks against everything else, in nine minutes; BENCH_ARGS=--resume goes on"
 	@echo "make test    every test, with coverage"
+	@echo "make fuzz    random units against PyTorch in float64: N=20000 SEED=n BACKENDS=aten,..."
 	@echo "make readme  the README's figures, from the files of results that it names"
 	@echo "make build   the CUDA kernels and the planner, where this machine can build them"
 	@echo "make gpu-check  whether pointfuse is right on this machine's GPU: one table, within 9 minutes"
@@ -71,6 +75,10 @@ test: build
 gpu-check: build
 	-@$(PY) tests/host_cuda/build.py
 	$(PY) tests/gpu_check.py $(GPU_CHECK_ARGS)
+
+# Failures are shrunk and kept in tests/regressions, which `make test` runs.
+fuzz: build
+	@$(PY) tests/fuzz.py $(N) $(if $(SEED),--seed $(SEED)) $(if $(BACKENDS),--backends $(BACKENDS))
 
 sanitize: build
 	$(PY) tests/gpu_check.py --only memcheck,racecheck,synccheck,initcheck --seconds 900 $(GPU_CHECK_ARGS)

@@ -46,13 +46,17 @@ def _no_tuned_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
-@pytest.fixture(autouse=True)
-def _small_units_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def fuse_small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse, fold and pack whatever the size: from where it pays is a matter of speed, and would make tests slow."""
     for name in ("_ONEDNN_MIN_INPUT", "_FOLD_MIN_OUTPUTS", "_FOLD_MIN_OUTPUTS_PER_WEIGHT", "_PACK_MIN_MACS"):
         monkeypatch.setattr(aten, name, 0)
     for name in ("MIN_MACS_PER_THREAD", "MIN_MACS_PER_OUTPUT", "MIN_MACS_PER_OUTPUT_IN_HALF"):
         monkeypatch.setattr(aten_training, name, 0)
+
+
+@pytest.fixture(autouse=True)
+def _small_units_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_small_units(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

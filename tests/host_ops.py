@@ -33,6 +33,7 @@ def _build(objects: list[Path]) -> None:
     command = [os.environ.get("CXX", "c++"), "-shared", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"]
     command += ["-Wall", "-Werror", "-DPOINTFUSE_HOST_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{ROOT / 'tests/host_cuda'}", f"-I{KERNELS}", "-isystem", str(torch_home / "include")]
+    command += ["-include", str(ROOT / "tests/host_cuda/host_allocate.h")]
     command += [str(BINDING), *map(str, objects), "-o", f"{LIBRARY}.new"]
     command += [f"-L{torch_home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run(command, check=True)

@@ -13,6 +13,7 @@ import pointfuse
 import pytest
 import torch
 import torch._dynamo.testing
+from canaries import Canaries
 from repeated_units import REDUCED, step, unit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,6 +69,27 @@ def test_reduced_training(options: dict, shape: tuple[int, ...], memory_format: 
         expected, exact = step(module, x), step(module.double(), x.double())
     for a, b, e in zip(first, expected, exact, strict=True):
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + 1e-3 * e.abs().max()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(("options", "shape"), REDUCED.values(), ids=REDUCED)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_memory_beside_tensors_is_neither_written_nor_read(
+    training: bool, options: dict, shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    """A test of its own: `make sanitize` sees a tensor's end only where it is the end of an allocation."""
+    module = unit(**options)
+    module.bn.float()
+    x = torch.randn(shape, dtype=module.conv.weight.dtype).to(memory_format=memory_format)
+    expected = step(module, x) if training else [module(x)]
+    with Canaries() as canaries:
+        for tensors in (module.conv._parameters, module.bn._parameters, module.bn._buffers):
+            for t in tensors.values():
+                if t is not None:
+                    t.data = canaries.guard(t.data)
+        guarded = canaries.guard(x)
+        found = step(module, guarded) if training else [module(guarded)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("recompute", "bound"), [(False, 0.75), (True, 0.45)], ids=["default", "recompute"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.fx.experimental.proxy_tensor
+from canaries import Canaries
 from host_ops import host_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,9 @@ def test_units_are_as_accurate_as_pytorchs(
     with torch.no_grad():
         y = conv_bn_act(x, weight, None, *norm, negative_slope=0.1, **rest)
         assert len(served) == 1
+        with Canaries() as canaries:
+            operands = [canaries.guard(t) for t in (x, weight, *norm)]
+            assert torch.equal(conv_bn_act(*operands[:2], None, *operands[2:], negative_slope=0.1, **rest), y)
         expected = eager(as_tf32(x), as_tf32(weight), None, norm, activation, **rest)
         exact = eager(x.double(), weight.double(), None, [wide(t) for t in norm], activation, **rest)
     assert_as_accurate(y, expected, exact)

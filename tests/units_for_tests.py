@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from canaries import guarded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,7 +46,7 @@ def _amid(before: int) -> Callable[..., Tensor]:
 
 
 # How a tensor of a given shape may lie in memory: a view, whose storage may hold more.
-LAYOUTS: dict[str, Callable[..., Tensor]] = {
+BARE_LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "channels_last": lambda *shape, **o: torch.empty(shape, **o).to(memory_format=torch.channels_last),
     "NCHW": lambda *shape, **o: torch.empty(shape, **o),
     "aligned channel slice": _channels_of_wider(8, 8),
@@ -61,6 +62,14 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "amid others, at an odd offset": _amid(9),
     "channels outermost": lambda n, c, h, w, **o: torch.empty(c, n, h, w, **o).transpose(0, 1),
 }
+
+
+def _amid_more(layout: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with room before and after, of which the dense ones have none of their own."""
+    return lambda *shape, **options: guarded(layout(*shape, **options))
+
+
+LAYOUTS = {name: _amid_more(layout) for name, layout in BARE_LAYOUTS.items()}
 
 
 def place(values: Tensor, layout: str) -> Tensor:
@@ -122,7 +131,7 @@ class Unit:
         channels = {"dtype": self.channel_dtype or self.dtype}
 
         def per_channel(present: bool, make: Callable[..., Tensor] = numbers) -> Tensor | None:
-            return make(self.c_out).to(**channels) if present else None
+            return guarded(make(self.c_out).to(**channels)) if present else None
 
         return dict(
             x=place(numbers(*self.shape).to(self.dtype), self.x_layout),

@@ -108,7 +108,9 @@ def normalise(
     where given, are updated in place.
     """
     if mean is None or rstd is None:
-        if parts is None and not _in_pieces(y) and (running_mean is None or running_mean.dtype == _wide(y)):
+        # Of half precision with no operand in fp32, PyTorch's statistics on a CPU are of half precision.
+        wide = next((t.dtype for t in (running_mean, gamma, beta) if t is not None), y.dtype) == _wide(y)
+        if parts is None and not _in_pieces(y) and wide:
             z, mean, rstd = torch.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
             return aten.finish(z, activation, residual, residual_order, False, True), mean, rstd
         if parts is None and _in_pieces(y) and y.is_contiguous(memory_format=torch.channels_last):

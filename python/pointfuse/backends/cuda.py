@@ -61,7 +61,8 @@ def library_problem(path: Path) -> str | None:
         torch.ops.load_library(str(path))
         interface = ctypes.CDLL(str(path)).pointfuse_interface()
     except (OSError, RuntimeError, AttributeError) as error:
-        return f"{path.name} cannot be loaded ({str(error).splitlines()[0]}): {rebuild}"
+        # Of torch's error the cause says what is missing.
+        return f"{path.name} cannot be loaded ({str(error.__cause__ or error).splitlines()[0]}): {rebuild}"
     return None if interface == INTERFACE else f"{path.name} is of another version of pointfuse: {rebuild}"
 
 

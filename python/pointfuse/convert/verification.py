@@ -106,10 +106,10 @@ def _record(model: nn.Module, example_inputs: ExampleInputs, training: bool, wat
         for n, m in model.named_modules()
         if watched and next(m.children(), None) is not None and not isinstance(m, torch.jit.ScriptModule)
     ]
-    handles = [m.register_forward_hook(lambda _, args, output, name=n: note(name, output)) for n, m in parents]
     with _left_as_it_was(model), torch.set_grad_enabled(training):
         for m in model.modules():
             set_mode(m, training)
+        handles = [m.register_forward_hook(lambda _, args, output, name=n: note(name, output)) for n, m in parents]
         try:
             note("", call(model, example_inputs))
         finally:
@@ -128,11 +128,11 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for m, mode in modes:
+                set_mode(m, mode)
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-            for m, mode in modes:
-                set_mode(m, mode)
 
 
 def _difference(mode: str, name: str, expected: Tensor, actual: Tensor) -> Difference:
