@@ -37,7 +37,9 @@ class Tally:
             self.kinds["ran"]["failed"] += 1
             return
         self.kinds["ran"]["raised as PyTorch" if verdict.raised else "fused" if verdict.fused else "composed"] += 1
-        if not verdict.raised:
+        if verdict.unsteady:
+            self.kinds["decided by"]["nothing: PyTorch's answer changes"] += 1
+        elif not verdict.raised:
             by = "neighbours" if verdict.by_neighbours else "the fold's rounding" if verdict.by_fold else "one draw"
             self.kinds["decided by"][by] += 1
 

@@ -11,7 +11,8 @@ largest over ``DRAWS`` neighbours: the same case with operands that differ by a 
 nothing by it, since theirs hardly varies. Folding rounds each weight once, to its dtype, which PyTorch's composition
 never does, and of a frozen unit the shift where oneDNN does not take it in fp32: a folded unit is besides allowed half
 an ulp of each, ``eps / 2 * max(conv(|x|, |scale * weight|) + |shift|)``. Float64 is held to 1e-12 of PyTorch's, since
-both round.
+both round, or to PyTorch's error in fp32 on the same operands, as much smaller as the roundings are. Infinity counts as
+the least value that is rounded to it.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ class Verdict:
     raised: bool  # PyTorch raises, and so does pointfuse
     by_neighbours: bool
     by_fold: bool
+    unsteady: bool = False  # PyTorch's own answer changes from run to run
 
 
 def save(case: Case, failure: str, folder: Path = REGRESSIONS) -> Path:
@@ -323,7 +325,12 @@ def run_case(case: Case) -> Verdict:
         # Batch statistics take the bias away again: its gradient is rounding alone, of terms as large as the weight's.
         cancels = name == "d_conv.bias" and case.norm is not None and (case.trains or not case.tracked)
         least = exact["d_conv.weight"].abs().nan_to_num(0, 0).max().item() if cancels else 0.0
-        decided.append(_compare(case, name, ours[name], plain[name], exact[name], least))
+        try:
+            decided.append(_compare(case, name, ours[name], plain[name], exact[name], least))
+        except Failure:
+            if _unsteady(case, name):
+                return Verdict(fused, False, False, False, unsteady=True)
+            raise
     return Verdict(fused, False, "neighbours" in decided, "fold" in decided)
 
 
@@ -359,21 +366,38 @@ def _compare(case: Case, name: str, ours: Tensor, plain: Tensor, exact: Tensor, 
 
     scale = max(exact[judged].abs().max().item(), least)
     floor = 1e-6 * (scale or 1.0) + (1e-12 if ours.dtype == torch.float64 else 0.0)
-    gap = (ours.double() - exact)[judged].abs().nan_to_num(math.inf).max().item()
+    # What is rounded to infinity is at least so large.
+    finfo = torch.finfo(ours.dtype)
+    edge = finfo.max * (1 + finfo.eps / 4)
+    gap = (ours.double().clamp(-edge, edge) - exact)[judged].abs().nan_to_num(math.inf).max().item()
     own = _own_error(plain, exact, judged)
+    twin, roundings = case, 1.0
+    if ours.dtype == torch.float64:
+        # Nothing here tells PyTorch's error in float64; its error in fp32 is larger as its roundings are.
+        twin, roundings = dataclasses.replace(case, dtype="fp32"), finfo.eps / torch.finfo(torch.float32).eps
     if gap <= 2 * own + floor:
         return "rule"
     for draw in range(1, DRAWS + 1):
         if gap > 100 * (2 * own + floor) and (draw > 8 or not math.isfinite(gap)):
             break  # no neighbour will differ so much
-        near, near_exact = _plain(case, draw), _exact(case, draw)
+        near, near_exact = _plain(twin, draw), _exact(twin, draw)
         if not isinstance(near, Exception) and not isinstance(near_exact, Exception):
-            own = max(own, _own_error(near[name], near_exact[name], judged))
+            own = max(own, roundings * _own_error(near[name], near_exact[name], judged))
             if gap <= 2 * own + floor:
                 return "neighbours"
     if case.folds and name == "y" and gap <= 2 * own + floor + _fold_rounding(case):
         return "fold"
     raise Failure(f"{name} is {gap:.3g} off at a largest magnitude of {scale:.3g}; PyTorch's own error is {own:.3g}")
+
+
+def _unsteady(case: Case, name: str) -> bool:
+    """Whether PyTorch's own answer changes from run to run.
+
+    PyTorch 2.13's grouped convolutions in bf16 on a CPU read memory that was never written, one time in ten.
+    """
+    runs = [_plain(case, 0) for _ in range(DRAWS)]
+    answers = {run[name].contiguous().view(torch.uint8).numpy().tobytes() for run in runs if isinstance(run, dict)}
+    return len(answers) > 1
 
 
 def _own_error(plain: Tensor, exact: Tensor, judged: Tensor) -> float:

@@ -47,6 +47,44 @@ def test_random_units_are_pytorchs(backend: str) -> None:
     assert sum(verdict is not None and verdict.fused for _, verdict in ran) >= len(ran) // 8
 
 
+def test_an_answer_of_pytorchs_that_changes_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kernel=(1, 1), c_in=4, c_out=4, height=3, width=3)
+    plain, wrong = fuzzing._plain, {"turn": 0}
+
+    def unsteady(case: Case, draw: int) -> Any:
+        wrong["turn"] += 1
+        results = plain(case, draw)
+        return {"y": results["y"] + 1} if wrong["turn"] % 10 == 0 else results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fuzzing, "_ours", lambda case: ({"y": plain(case, 0)["y"] + 1}, False))
+        with pytest.raises(Failure, match="y is 1 off"):
+            run_case(case)
+        patch.setattr(fuzzing, "_plain", unsteady)
+        assert run_case(case).unsteady
+
+
+@pytest.mark.parametrize(("exact", "right"), [(65519.0, True), (65504.0, True), (60000.0, False)])
+def test_infinity_is_the_least_value_that_is_rounded_to_it(
+    exact: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fp16 that is 65520; PyTorch is 16 off here, so 32 is allowed."""
+    monkeypatch.setattr(fuzzing, "DRAWS", 0)
+    plain = torch.tensor([exact - 16, 0.0], dtype=torch.float64)
+    case = Case(dtype="fp16")
+
+    def compare() -> str:
+        ours = torch.tensor([float("inf"), 0.0], dtype=torch.float16)
+        truth = torch.tensor([exact, 0.0], dtype=torch.float64)
+        return fuzzing._compare(case, "y", ours, plain.half(), truth, 0.0)
+
+    if right:
+        assert compare() == "rule"
+    else:
+        with pytest.raises(Failure, match="off at a largest magnitude of 6e"):
+            compare()
+
+
 @pytest.mark.parametrize("path", WRITTEN, ids=[path.name for path in WRITTEN])
 def test_what_failed_once_stays_right(path: Path) -> None:
     case = load(path)

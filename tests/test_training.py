@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +226,28 @@ def test_the_variance_survives_a_mean_of_ten_deviations(memory_format: torch.mem
     y = pointfuse.convert(model)(x)
     assert served_by(y)
     assert ((model[1].running_var.double() - exact) / exact).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("count", [3, 7, 1000])
+def test_the_statistics_of_a_constant_channel_are_exact(count: int) -> None:
+    """What rounding leaves of the mean's distance from it would be multiplied by 1 / sqrt(eps)."""
+    y = torch.randn(1, 64, 1, 1).expand(1, 64, 1, count).contiguous()
+    merged = aten_training.merge(aten_training.statistics(y))
+    assert torch.equal(merged[1], y[0, :, 0, 0])
+    assert torch.equal(merged[2], torch.zeros(64))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_running_statistics_of_what_is_not_finite_are_pytorchs(value: float) -> None:
+    y = torch.randn(2, 3, 4, 5)
+    y[1, 1, 2, 3] = value
+    bn = nn.BatchNorm2d(3)
+    bn(y)
+    ours = nn.BatchNorm2d(3)
+    parts = aten_training.statistics(y)
+    aten_training.finalise(parts, ours.running_mean, ours.running_var, 0.1, 1e-5)
+    torch.testing.assert_close(ours.running_mean, bn.running_mean, equal_nan=True)
+    torch.testing.assert_close(ours.running_var, bn.running_var, equal_nan=True)
 
 
 def test_one_value_a_channel_is_pytorchs_error_and_changes_nothing_but_the_count() -> None:

@@ -69,9 +69,14 @@ def statistics(y: Tensor) -> Tensor:
     if count == 0:
         return torch.zeros(1, 3, y.shape[1], dtype=wide, device=y.device)
     mean = y.sum(_PER_CHANNEL, dtype=wide) / count
-    squares = torch.zeros_like(mean)
+    squares, rest = torch.zeros_like(mean), torch.zeros_like(mean)
     for piece in _pieces(y):
-        squares += (piece - _per_channel(mean)).square_().sum(_PER_CHANNEL)
+        deviations = piece - _per_channel(mean)
+        rest += deviations.sum(_PER_CHANNEL)
+        squares += deviations.square_().sum(_PER_CHANNEL)
+    # PyTorch sums in double precision. Where a channel is constant, what is left of rounding shows 300 times enlarged.
+    squares = (squares - rest.square() / count).clamp_min_(0)
+    mean = torch.where(mean.isfinite(), mean + rest / count, mean)
     return torch.stack((torch.full_like(mean, count), mean, squares))[None]
 
 
@@ -83,7 +88,8 @@ def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     counts, means, squares = parts.unbind(1)
     count = counts.sum(0)
-    mean = (counts * means).sum(0) / count.clamp(min=1)
+    # One part's mean times its count over its count need not be that mean.
+    mean = means[0] if len(parts) == 1 else (counts * means).sum(0) / count.clamp(min=1)
     return count, mean, (squares + counts * (means - mean).square()).sum(0)
 
 
