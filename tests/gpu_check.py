@@ -79,7 +79,10 @@ KERNEL_TESTS = (
 GPU_TESTS, LEAK_TESTS = ("tests/test_gpu.py",), ("tests/test_leaks.py",)
 NATIVE = "not emulator and not h100 and not a100"
 LEAKS = "runs_out or (test_leaks and cuda and not aten and not shapes)"
-BENCHMARK = ("benchmarks/run.py", "--quick", "--device", "cuda", "--output", "{folder}/benchmark")
+BENCHMARK = (
+    "benchmarks/run.py",
+    *("--quick", "--device", "cuda", "--minutes", "1.4", "--no-report", "--output", "{folder}/benchmark"),
+)
 
 
 def _sanitizer(tool: str, says: str) -> Part:
