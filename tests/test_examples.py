@@ -183,9 +183,12 @@ def test_wrong_arguments(example: Any, arguments: str, message: str, capsys: pyt
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     options = "--model models:telling --size 16 --calls 100000000"
     with subprocess.Popen(**started(tmp_path, "inference.py", options), stderr=subprocess.PIPE) as process:
-        while not (tmp_path / "running").exists():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            while not (tmp_path / "running").exists():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said

@@ -75,8 +75,10 @@ def statistics(y: Tensor) -> Tensor:
         rest += deviations.sum(_PER_CHANNEL)
         squares += deviations.square_().sum(_PER_CHANNEL)
     # PyTorch sums in double precision. Where a channel is constant, what is left of rounding shows 300 times enlarged.
-    squares = (squares - rest.square() / count).clamp_min_(0)
-    mean = torch.where(mean.isfinite(), mean + rest / count, mean)
+    rest /= count
+    exact = rest.square().isfinite()
+    squares = torch.where(exact, (squares - count * rest.square()).clamp_min_(0), squares)
+    mean = torch.where(exact, mean + rest, mean)
     return torch.stack((torch.full_like(mean, count), mean, squares))[None]
 
 
