@@ -11,8 +11,8 @@ largest over ``DRAWS`` neighbours: the same case with operands that differ by a 
 nothing by it, since theirs hardly varies. Folding rounds each weight once, to its dtype, which PyTorch's composition
 never does, and of a frozen unit the shift where oneDNN does not take it in fp32: a folded unit is besides allowed half
 an ulp of each, ``eps / 2 * max(conv(|x|, |scale * weight|) + |shift|)``. Float64 is held to 1e-12 of PyTorch's, since
-both round, or to PyTorch's error in fp32 on the same operands, as much smaller as the roundings are. Infinity counts as
-the least value that is rounded to it.
+both round, enlarged as batch statistics enlarge the input's rounding. Infinity counts as the least value that is
+rounded to it.
 """
 
 from __future__ import annotations
@@ -107,6 +107,10 @@ class Case:
     @property
     def trains(self) -> bool:
         return self.mode in ("training", "recompute")
+
+    @property
+    def normalises_by_batch(self) -> bool:
+        return self.norm is not None and (self.trains or not self.tracked)
 
     @property
     def integral(self) -> bool:
@@ -340,7 +344,7 @@ def _least(case: Case, name: str, exact: Results) -> float:
     What is normalised has a deviation of one: where all of a channel is the same, what is left is rounding of that.
     The bias is taken away again: its gradient is rounding of terms as large as the weight's.
     """
-    if case.norm is None or not (case.trains or not case.tracked):
+    if not case.normalises_by_batch:
         return 0.0
     values = _values(case, 0)
     terms = {
@@ -349,6 +353,16 @@ def _least(case: Case, name: str, exact: Results) -> float:
         "d_conv.bias": exact.get("d_conv.weight", torch.zeros(1)),
     }.get(name)
     return 0.0 if terms is None or not terms.numel() else terms.abs().nan_to_num(0, 0).max().item()
+
+
+def _enlargement(case: Case) -> float:
+    """How many times as large as of numbers about one roundings are, where batch statistics normalise the input."""
+    if not case.normalises_by_batch:
+        return 1.0
+    values = _values(case, 0)
+    y = _conv(case, values["x"], values["weight"], values.get("bias")).transpose(0, 1).flatten(1)
+    var = y.var(1, correction=0).min().nan_to_num(1, 1).item() if y.numel() else 1.0
+    return max(1.0, values["x"].abs().nan_to_num(0, 0).max().item()) * max(1.0, (var + case.eps) ** -0.5)
 
 
 def _compare(case: Case, name: str, ours: Tensor, plain: Tensor, exact: Tensor, least: float) -> str:
@@ -379,24 +393,20 @@ def _compare(case: Case, name: str, ours: Tensor, plain: Tensor, exact: Tensor, 
         return "equality"
 
     scale = max(exact[judged].abs().max().item(), least)
-    floor = 1e-6 * (scale or 1.0) + (1e-12 if ours.dtype == torch.float64 else 0.0)
+    floor = 1e-6 * (scale or 1.0) + (1e-12 * _enlargement(case) if ours.dtype == torch.float64 else 0.0)
     # What is rounded to infinity is at least so large.
     finfo = torch.finfo(ours.dtype)
     edge = finfo.max * (1 + finfo.eps / 4)
     gap = (ours.double().clamp(-edge, edge) - exact)[judged].abs().nan_to_num(math.inf).max().item()
     own = _own_error(plain, exact, judged)
-    twin, roundings = case, 1.0
-    if ours.dtype == torch.float64:
-        # Nothing here tells PyTorch's error in float64; its error in fp32 is larger as its roundings are.
-        twin, roundings = dataclasses.replace(case, dtype="fp32"), finfo.eps / torch.finfo(torch.float32).eps
     if gap <= 2 * own + floor:
         return "rule"
     for draw in range(1, DRAWS + 1):
         if gap > 100 * (2 * own + floor) and (draw > 8 or not math.isfinite(gap)):
             break  # no neighbour will differ so much
-        near, near_exact = _plain(twin, draw), _exact(twin, draw)
+        near, near_exact = _plain(case, draw), _exact(case, draw)
         if not isinstance(near, Exception) and not isinstance(near_exact, Exception):
-            own = max(own, roundings * _own_error(near[name], near_exact[name], judged))
+            own = max(own, _own_error(near[name], near_exact[name], judged))
             if gap <= 2 * own + floor:
                 return "neighbours"
     if case.folds and name == "y" and gap <= 2 * own + floor + _fold_rounding(case):
