@@ -357,9 +357,9 @@ def _least(case: Case, name: str, exact: Results) -> float:
 
 def _enlargement(case: Case) -> float:
     """How many times as large as of numbers about one roundings are, where batch statistics normalise the input."""
-    if not case.normalises_by_batch:
-        return 1.0
     values = _values(case, 0)
+    if not case.normalises_by_batch or not values["x"].numel():
+        return 1.0
     y = _conv(case, values["x"], values["weight"], values.get("bias")).transpose(0, 1).flatten(1)
     var = y.var(1, correction=0).min().nan_to_num(1, 1).item() if y.numel() else 1.0
     return max(1.0, values["x"].abs().nan_to_num(0, 0).max().item()) * max(1.0, (var + case.eps) ** -0.5)
