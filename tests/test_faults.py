@@ -36,16 +36,17 @@ CPU = torch.device("cpu")
 
 
 class OutOfMemory(TorchDispatchMode):
-    """The operator of that number, which has a tensor as its result, finds no memory; the ones before it do."""
+    """The operator of that number of those that make a tensor finds no memory; the ones before it do."""
 
     def __init__(self, failing: int) -> None:
         super().__init__()
         self.failing, self.count = failing, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count == self.failing:
-            raise torch.OutOfMemoryError("planted: out of memory")
+        if not (func._schema.is_mutable or func.is_view):
+            self.count += 1
+            if self.count == self.failing:
+                raise torch.OutOfMemoryError("planted: out of memory")
         return func(*args, **kwargs or {})
 
 

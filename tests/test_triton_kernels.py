@@ -542,7 +542,9 @@ def test_operands_may_share_memory() -> None:
     unit = Unit("fp32", shape=(1, 16, 4, 4), c_out=16, order="act_add", batch_norm=False)
     operands = unit.operands(lambda *size: torch.randint(-3, 4, size).float(), torch.ones)
     operands["residual"] = operands["x"]
-    operands["weight"] = whole(operands["x"])[:256].view(16, 16, 1, 1)
+    memory = operands["x"].permute(0, 2, 3, 1)
+    assert memory.is_contiguous()
+    operands["weight"] = memory.flatten().view(16, 16, 1, 1)
     assert torch.equal(fused(unit, operands)[0].cpu(), eager(unit, doubled(on_cpu(operands))).float())
 
 
@@ -694,7 +696,7 @@ def test_what_lies_amid_nan_is_what_was_placed() -> None:
     for layout, aligned in (("amid others", True), ("amid others, at an odd offset", False)):
         x = place(torch.ones(2, 3, 4, 5), layout)
         around = whole(x)
-        assert around.isnan().sum() == 32
+        assert around.isnan().sum() == around.numel() - x.numel() >= 32
         assert around[[0, -1]].isnan().all()
         assert planning.aligned(x) == (aligned,)
         assert x.is_contiguous(memory_format=torch.channels_last)
