@@ -169,8 +169,9 @@ def test_every_figure_of_the_table_is_in_the_results() -> None:
     header = next(line for line in readme.splitlines() if line.startswith("| ") and "eager NCHW" in line)
     contenders = [cell.strip() for cell in header.strip("|").split("|")][1:]
     for name, batch, dtype, cells in rows:
-        (case,) = [c for c in cases if (c["name"], c["batch"], c["dtype"]) == (name, int(batch), dtype)]
-        results = {r["contender"]: r for r in case["results"]}
+        # Of a case measured twice the newest counts.
+        alike = [c for c in cases if (c["name"], c["batch"], c["dtype"]) == (name, int(batch), dtype)]
+        results = {r["contender"]: r for r in alike[-1]["results"]}
         for contender, cell in zip(contenders, cells.split("|"), strict=True):
             result = results[contender]
             expected = f"{result['ms']['p50']:.1f} ms ({result['speedup']['eager channels_last']:.2f}x)"
