@@ -90,8 +90,8 @@ def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     counts, means, squares = parts.unbind(1)
     count = counts.sum(0)
-    # One part's mean times its count over its count need not be that mean.
-    mean = means[0] if len(parts) == 1 else (counts * means).sum(0) / count.clamp(min=1)
+    # One part's mean times its count over its count need not be that mean. In memory of its own: the backward keeps it.
+    mean = means[0].clone() if len(parts) == 1 else (counts * means).sum(0) / count.clamp(min=1)
     return count, mean, (squares + counts * (means - mean).square()).sum(0)
 
 
