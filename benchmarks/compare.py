@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.peers import BASELINES, TRAINING_BASELINES
+from benchmarks.peers import BASELINES, TRAINING_BASELINES, is_other
 from benchmarks.record import CaseResult, Result, Run, read_run
 from benchmarks.tables import add_notes, plain_table
 
@@ -27,7 +27,6 @@ STANDARD_ERRORS = 3.0
 # standard deviations over the root of the number of timings.
 _BETWEEN_QUANTILES = 1.683
 _MEDIAN = 1.2533
-OURS = ("pointfuse", "converted")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Change:
     @property
     def is_regression(self) -> bool:
         """Whether something of pointfuse's became slower or broke."""
-        return self.verdict in ("slower", "broken") and any(word in self.contender for word in OURS)
+        return self.verdict in ("slower", "broken") and not is_other(self.contender)
 
 
 def compare(before: Sequence[CaseResult], after: Sequence[CaseResult]) -> list[Change]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import STEPS, SUITES
+from benchmarks.cases import SCALING, STEPS, SUITES
 from benchmarks.harness import Contender, Limits
 from benchmarks.models.yolov3 import HEADS
 from benchmarks.peers import COMPILED_AUTOTUNED, PEERS
@@ -61,7 +61,7 @@ def contenders_of(suite: str, contenders: Iterable[Contender]) -> tuple[Contende
     """Those that a suite is for. On a curve nothing is compiled: it would be for each of its points."""
     if suite in STEPS:
         return tuple(contender for contender in contenders if contender.trains)
-    return tuple(c for c in contenders if c.infers and (suite != "scaling" or c.reset is None))
+    return tuple(c for c in contenders if c.infers and (suite != SCALING or c.reset is None))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--l2", type=states, help=f"L2 cache before a timing, of {', '.join(L2_STATES)} (default both; a GPU only)")
     add("--rounds", type=_positive_int, help=f"at most so many rounds a case (default {DEFAULT_LIMITS.rounds})")
     add("--seconds", type=_positive, help=f"of timing a case (default {DEFAULT_LIMITS.seconds:g})")
-    add("--minutes", type=_positive, help="for all of it (default 9 where no suite is named, else no limit)")
+    default = f"{DEFAULT_MINUTES:g}, with --quick {QUICK_MINUTES:g}, where no suite is named, else no limit"
+    add("--minutes", type=_positive, help=f"for all of it (default {default})")
     add("--quick", action="store_true", help="a few rounds, by default of one head's layers and stack: two minutes")
     add("--threads", type=_positive_int, help="CPU threads (default: as torch chooses)")
     add("--seed", type=int, default=0, help="of weights and inputs (default 0)")

@@ -47,6 +47,16 @@ TRAINING_BASELINES = (EAGER_CHANNELS_LAST, COMPILED)
 
 PEERS: dict[str, Contender] = {}
 
+
+def is_ours(contender: str) -> bool:
+    return contender.startswith("pointfuse")
+
+
+def is_other(contender: str) -> bool:
+    """A compiled converted model is pointfuse's model and the compiler's speed: it is neither."""
+    return not is_ours(contender) and contender != COMPILED_CONVERTED
+
+
 Build = Callable[[nn.Module, Tensor], Prepared]
 
 

@@ -151,8 +151,12 @@ def disturbances(cases: Sequence[CaseResult]) -> list[str]:
     ]
 
 
+def has_drifted(case: CaseResult) -> bool:
+    return case.drift is not None and abs(case.drift - 1) > DRIFTED
+
+
 def _drifted(case: CaseResult) -> list[str]:
-    if case.drift is None or abs(math.log(case.drift)) < math.log1p(DRIFTED):
+    if case.drift is None or not has_drifted(case):
         return []
     return [f"the last third of the timing took {case.drift - 1:+.0%} as against the first: the device changed speed"]
 

@@ -20,6 +20,7 @@ from benchmarks.peers import (
     FROZEN,
     RECOMPUTING,
     TRITON_FROZEN,
+    is_other,
 )
 from benchmarks.record import CaseResult, Result
 from benchmarks.timing import DTYPES
@@ -128,7 +129,7 @@ def speedup(case: CaseResult, contender: str = CUDA_FROZEN) -> float | None:
 
 def best_other(case: CaseResult) -> Result | None:
     """The fastest of the contenders that are not pointfuse's."""
-    others = [(r.ms.p50, r) for r in case.results if r.ms is not None and not r.contender.startswith("pointfuse")]
+    others = [(r.ms.p50, r) for r in case.results if r.ms is not None and is_other(r.contender)]
     return min(others, key=lambda pair: pair[0])[1] if others else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.cases import TRAINING
 from benchmarks.compare import machine
-from benchmarks.peers import COMPILED_CONVERTED, EAGER_CHANNELS_LAST
+from benchmarks.peers import EAGER_CHANNELS_LAST, is_other, is_ours
 from benchmarks.record import CaseResult, Result, Run, read_run
 from benchmarks.roofline import Ceilings
 
@@ -152,9 +152,13 @@ class GroupSummary:
 def standings(cases: Iterable[CaseResult]) -> list[Standing]:
     """Of the complete cases that pointfuse took part in."""
     return [
-        Standing(case, fastest(filter(is_ours, case.results)), fastest(filter(is_other, case.results)))
+        Standing(
+            case,
+            fastest(result for result in case.results if is_ours(result.contender)),
+            fastest(result for result in case.results if is_other(result.contender)),
+        )
         for case in cases
-        if case.complete and any(map(is_ours, case.results))
+        if case.complete and any(is_ours(result.contender) for result in case.results)
     ]
 
 
@@ -178,15 +182,6 @@ def behind(cases: Iterable[CaseResult]) -> list[Standing]:
 def spread(ratios: Iterable[float | None]) -> Spread | None:
     found = [ratio for ratio in ratios if ratio is not None]
     return Spread(statistics.geometric_mean(found), min(found), max(found), len(found)) if found else None
-
-
-def is_ours(result: Result) -> bool:
-    return result.contender.startswith("pointfuse")
-
-
-def is_other(result: Result) -> bool:
-    """A compiled converted model is pointfuse's model and the compiler's speed: it counts on neither side."""
-    return not is_ours(result) and result.contender != COMPILED_CONVERTED
 
 
 def fastest(results: Iterable[Result]) -> Result | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from benchmarks.reporting.analysis import Merged, case_label, counted
 from benchmarks.roofline import Ceilings
-from benchmarks.tables import DISTURBED
+from benchmarks.tables import DISTURBED, has_drifted
 
-# A drift or a change of the ceilings by more is told at the top.
+# A change of the ceilings by more is told at the top.
 UNSTEADY = 0.05
 
 
@@ -45,7 +45,7 @@ def unsteady(merged: Merged) -> list[str]:
             f"Other processes ran beside the timing of {counted([c for _, c in disturbed])}, and took up to "
             f"{most:.0%} of the CPU ({case_label(case)}): these figures are not reliable."
         )
-    drifted = [(case.drift, case) for case in merged.cases if case.drift is not None and abs(case.drift - 1) > UNSTEADY]
+    drifted = [(case.drift, case) for case in merged.cases if case.drift is not None and has_drifted(case)]
     if drifted:
         worst, case = max(drifted, key=lambda pair: abs(pair[0] - 1))
         found.append(

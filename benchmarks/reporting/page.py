@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from benchmarks.compare import machine
-from benchmarks.peers import BASELINES, TRAINING_BASELINES
+from benchmarks.peers import BASELINES, TRAINING_BASELINES, is_ours
 from benchmarks.record import CaseResult, Conditions, Result, Run
 from benchmarks.reporting.analysis import (
     LEVEL,
@@ -28,7 +28,6 @@ from benchmarks.reporting.analysis import (
     commit_of,
     counted,
     fastest,
-    is_ours,
     of_floor,
     span,
     standings,
@@ -131,7 +130,7 @@ def table(suite: str, cases: Sequence[CaseResult]) -> Table:
         first = fastest(case.results)
         apart = Cell(", ".join(way for way in ways(case).split(", ") if way not in common))
         for index, result in enumerate(case.results):
-            classes = {"first": index == 0, "ours": is_ours(result), "fastest": result is first}
+            classes = {"first": index == 0, "ours": is_ours(result.contender), "fastest": result is first}
             classes["failed"] = result.status in ("failed", "wrong")
             cells = {"ways": apart, **_cells(case, result, baselines, scale)}
             rows.append((cells, " ".join(name for name, is_so in classes.items() if is_so)))
@@ -232,7 +231,7 @@ def _told(standing: Standing) -> str:
     assert other is not None
     assert other.ms is not None
     if standing.ours is None or standing.ours.ms is None or standing.over_other is None:
-        ours = [result for result in standing.case.results if is_ours(result)]
+        ours = [result for result in standing.case.results if is_ours(result.contender)]
         why = "; ".join(f"{result.contender}: {result.status}, {result.reason}" for result in ours)
         return f"no right answer of pointfuse's ({why}); {other.contender} {_time(other.ms.p50)}"
     return (

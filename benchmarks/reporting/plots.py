@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks import peers
 from benchmarks.cases import OVERHEAD
-from benchmarks.peers import EAGER_CHANNELS_LAST
+from benchmarks.peers import EAGER_CHANNELS_LAST, is_other, is_ours
 from benchmarks.record import CaseResult, Result
 from benchmarks.record import slug as slug_of
 from benchmarks.reporting.analysis import (
@@ -26,8 +26,6 @@ from benchmarks.reporting.analysis import (
     counted,
     fastest,
     group_label,
-    is_other,
-    is_ours,
     least_saved,
     of_floor,
     span,
@@ -463,7 +461,9 @@ def _roofline_panel(axes: Axes, cases: Sequence[CaseResult], ceilings: Ceilings,
         axes.plot([x] * len(rates), rates, color=theme.muted, linewidth=0.8, zorder=1)
         for result, rate in zip(results, rates, strict=True):
             look: Any = dict(color=colour(result.contender, theme), marker=marker(result.contender), linewidths=0)
-            axes.scatter([x], [rate], s=46 if is_ours(result) else 22, zorder=2 + is_ours(result), **look)
+            axes.scatter(
+                [x], [rate], s=46 if is_ours(result.contender) else 22, zorder=2 + is_ours(result.contender), **look
+            )
     beside: Any = dict(textcoords="offset points", color=theme.muted, fontsize=7.5)
     axes.annotate(f"matrix product {si(peak, 'FLOP/s')}", (right, peak), (0, 5), ha="right", **beside)
     axes.annotate(f"copy {si(bandwidth, 'B/s')}", (left, bandwidth * left), (4, -4), va="top", **beside)
@@ -476,7 +476,7 @@ def _roofline_panel(axes: Axes, cases: Sequence[CaseResult], ceilings: Ceilings,
 def _roofline_told(cases: Sequence[CaseResult], ceilings: Ceilings) -> str:
     peak = si(ceilings.flops_per_second[cases[0].dtype], "FLOP/s")
     ceiling = f"{group_label(cases[0])}, {counted(cases)} under {peak} and {si(ceilings.bytes_per_second, 'B/s')}"
-    ours = [(case, result) for case in cases for result in _two_fastest(case) if is_ours(result)]
+    ours = [(case, result) for case in cases for result in _two_fastest(case) if is_ours(result.contender)]
     reached = [share for case, result in ours if (share := of_floor(case, result)) is not None]
     if not reached:
         return ceiling
@@ -485,7 +485,7 @@ def _roofline_told(cases: Sequence[CaseResult], ceilings: Ceilings) -> str:
 
 def _two_fastest(case: CaseResult) -> list[Result]:
     """Of the others and of pointfuse's, as far as there are."""
-    both = fastest(filter(is_other, case.results)), fastest(filter(is_ours, case.results))
+    both = (fastest(r for r in case.results if chosen(r.contender)) for chosen in (is_other, is_ours))
     return [result for result in both if result is not None]
 
 
