@@ -282,8 +282,8 @@ def test_a_case_that_would_not_end_in_time_is_not_begun() -> None:
     calls: list[int] = []
 
     def slow(model: nn.Module, x: Tensor) -> Prepared:
-        time.sleep(0.7)
         calls.append(1)
+        time.sleep(0.7)
         return Prepared(model, x)
 
     outcome = run_jobs(jobs_of(Contender("slow", slow)), [], Console(quiet=True), lambda result: None, seconds=1.2)
